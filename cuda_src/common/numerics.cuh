@@ -1,0 +1,60 @@
+// numerics.cuh: the arithmetic that every backend must reproduce bit for bit.
+//
+// Device half of the contract that epcomm/reference.py states and epcomm/numerics.py implements for the host. Each
+// operation is spelled with its rounding, because the compiler would otherwise contract a product and a sum into one
+// rounding. Compile without --use_fast_math and with -ftz=false: subnormals are kept.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+namespace epcomm {
+
+inline constexpr int kFp8Block = 128;           // channels that share one scale
+inline constexpr float kFp8Max = 448.0f;        // largest finite e4m3
+inline constexpr float kFp8AmaxFloor = 1e-4f;   // smallest maximum that a scale is made of
+
+// One term of a combine: start from +0, add the biases, then the ranks in ascending order.
+__device__ __forceinline__ float accumulate(float acc, float x) { return __fadd_rn(acc, x); }
+
+// One term of a low-latency combine: the product is rounded before it is added.
+__device__ __forceinline__ float accumulate_weighted(float acc, float weight, float x) {
+    return __fadd_rn(acc, __fmul_rn(weight, x));
+}
+
+// The one rounding at the end of a sum, to nearest even.
+template <typename T> __device__ __forceinline__ T round_to(float acc);
+template <> __device__ __forceinline__ float round_to<float>(float acc) { return acc; }
+template <> __device__ __forceinline__ __half round_to<__half>(float acc) { return __float2half_rn(acc); }
+template <> __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float acc) {
+    return __float2bfloat16_rn(acc);
+}
+
+// How a block of channels is cast: q = e4m3(x * factor), and x is about q * scale.
+struct Fp8Scale {
+    float factor;
+    float scale;
+    unsigned int exponent;  // UE8M0 byte of a power-of-two scale, else 0
+};
+
+// `amax` is the fmaxf of the magnitudes of a block, which passes over NaN.
+__device__ __forceinline__ Fp8Scale fp8_scale(float amax) {
+    const float m = fmaxf(amax, kFp8AmaxFloor);
+    // Two divisions: a product with 1/448 differs in the last bit for half of all values.
+    return {__fdiv_rn(kFp8Max, m), __fdiv_rn(m, kFp8Max), 0u};
+}
+
+// The smallest power of two that is not below amax / 448; an infinite amax gives 2^127 and a factor of 0.
+__device__ __forceinline__ Fp8Scale fp8_scale_pow2(float amax) {
+    const unsigned int bits = __float_as_uint(__fdiv_rn(fmaxf(amax, kFp8AmaxFloor), kFp8Max));
+    const unsigned int exponent = min((bits >> 23) + ((bits & 0x7fffffu) != 0u), 254u);
+    return {__uint_as_float((254u - exponent) << 23), __uint_as_float(exponent << 23), exponent};
+}
+
+// Saturating cast to e4m3, to nearest even; NaN stays NaN.
+__device__ __forceinline__ unsigned char to_e4m3(float x, float factor) {
+    return __nv_cvt_float_to_fp8(__fmul_rn(x, factor), __NV_SATFINITE, __NV_E4M3);
+}
+
+}  // namespace epcomm

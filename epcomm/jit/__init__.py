@@ -1,0 +1,1 @@
+"""From CUDA source text to loaded kernels. Knows nothing of MoE."""

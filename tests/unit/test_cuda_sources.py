@@ -1,0 +1,32 @@
+"""Every CUDA header compiles by itself, with NVRTC alone, for every architecture that is supported."""
+
+import pytest
+from helpers.nvrtc import compile_cubin, needs_nvrtc
+
+from epcomm.jit.source import cuda_src_dir, source_files
+
+ARCHITECTURES = ("80", "90", "100")
+
+
+def test_sources_are_found() -> None:
+    assert "common/numerics.cuh" in [path.as_posix() for path in source_files()]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("path", [path.as_posix() for path in source_files() if path.suffix == ".cuh"])
+def test_header_compiles(path: str, architecture: str) -> None:
+    cubin = compile_cubin(f'#include "{path}"\nextern "C" __global__ void probe() {{}}\n', architecture)
+    assert cubin.startswith(b"\x7fELF")
+
+
+@needs_nvrtc
+def test_a_mistake_is_reported() -> None:
+    with pytest.raises(AssertionError, match="no_such_function"):
+        compile_cubin('#include "common/numerics.cuh"\n__global__ void probe() { no_such_function(); }\n', "90")
+
+
+def test_inline_assembly_lives_in_one_folder() -> None:
+    for path in source_files():
+        if path.parts[0] != "ptx":
+            assert "asm" not in (cuda_src_dir() / path).read_text().split(), path
