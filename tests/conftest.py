@@ -1,0 +1,22 @@
+"""Makes `tests/helpers` importable as ``helpers``, and runs ``@pytest.mark.ranks`` tests on MPI ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from helpers import mpi_child, mpi_jobs
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    mpi_jobs.register(config)
+
+
+comm = mpi_child.comm
+num_ranks = mpi_child.num_ranks
+run_ranks = mpi_jobs.run_ranks
