@@ -1,0 +1,158 @@
+"""The receive side of an exchange: rows that the peers selected for this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.backends.host.header import check_headers
+from epcomm.backends.host.messages import PackedRows
+from epcomm.errors import BootstrapError, BufferStateError, EpcommError, PeerTimeout
+
+if TYPE_CHECKING:
+    from epcomm.backends.host.exchange import Exchange, Ticket
+
+__all__ = ["Delivery"]
+
+Bytes = NDArray[np.uint8]
+_OUT_OF_STEP = (PeerTimeout, BufferStateError, BootstrapError, KeyboardInterrupt)
+_NOTHING = np.empty(0, np.int32)
+
+
+class Delivery:
+    """Posts of all ranks of one call, readable inside a ``with`` block.
+
+    Entering compares the headers; leaving releases the peers' windows.
+
+    Attributes:
+        headers: by rank; masked ranks are missing.
+        counts: by rank, int64 ``[MAX_SELECTS, num_ranks]``, rows of each selection for each rank.
+        waited_s: float64 ``[num_ranks]``, seconds until each rank's post was seen.
+
+    Raises:
+        PeerError, RankMismatch: see `header.check_headers`; on entering.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        ticket: Ticket,
+        headers: Mapping[int, NDArray[np.void]],
+        counts: Mapping[int, NDArray[np.int64]],
+        waited_s: NDArray[np.float64],
+    ) -> None:
+        self._exchange, self._ticket = exchange, ticket
+        self.headers, self.counts, self.waited_s = headers, counts, waited_s
+        self._rank = exchange.comm.rank
+        self._windows: dict[int, Bytes] = {}
+        self._packed: dict[int, PackedRows] = {}
+        self._indices: dict[tuple[int, int], NDArray[np.int32]] = {}
+
+    def __enter__(self) -> Delivery:
+        try:
+            self._map_new_windows()
+            check_headers(self._ticket.operation, self._rank, self.headers)
+            if not any(header["status"] for header in self.headers.values()):
+                self._receive()
+        except EpcommError as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After a timeout or an interrupt the ranks are out of step: releasing anything would be a lie.
+        if error is None or not isinstance(error, _OUT_OF_STEP):
+            self._exchange.finish(self._ticket, self.headers)
+
+    def _receive(self) -> None:
+        exchange = self._exchange
+        all_by_message = any(header["messages"] for header in self.headers.values())
+        by_message = [all_by_message or rank not in exchange.shared for rank in range(exchange.comm.size)]
+        for rank, header in self.headers.items():
+            if not by_message[rank] and header["window_bytes"]:
+                self._windows[rank] = self._map(rank, header)
+        if any(by_message):
+            self._packed = exchange.messages.rows(
+                self._ticket.operation.label, self._ticket.fields, self.headers, self.counts, by_message
+            )
+
+    def _map_new_windows(self) -> None:
+        """Map what grew, also in a call that is about to fail: the names go at its end."""
+        for rank in self._exchange.shared:
+            if rank in self.headers and self.headers[rank]["grew"]:
+                self._map(rank, self.headers[rank])
+
+    def _map(self, rank: int, header: NDArray[np.void]) -> Bytes:
+        windows = self._exchange.peer_windows
+        assert windows is not None
+        name, num_bytes = header["window_name"].item().decode(), int(header["window_bytes"])
+        try:
+            return windows.get(rank, int(header["window"]), name, num_bytes)
+        except OSError as error:
+            control = self._exchange.control
+            gave_up = control is not None and control.gave_up(rank)
+            is_missing = isinstance(error, FileNotFoundError) and not gave_up
+            if is_missing and self._exchange.can_leave_behind(self._ticket.ring):
+                raise self._exchange.left_behind(self._ticket, [rank]) from error  # who finished took its name away
+            raise PeerTimeout(
+                self._ticket.operation.label,
+                phase="map",
+                waiting_rank=self._rank,
+                awaited_ranks=[rank],
+                elapsed_s=0.0,
+                reason="no window, because it gave up," if gave_up else f"no window to map ({error})",
+            ) from error
+
+    def count(self, source: int, select: int = 0) -> int:
+        """Number of rows that `source` selected for this rank."""
+        return int(self.counts[source][select, self._rank]) if source in self.counts else 0
+
+    def indices(self, source: int, select: int = 0) -> NDArray[np.int32]:
+        """Row numbers, at the source, of the rows that it selected by index for this rank."""
+        if source in self._packed:
+            return self._packed[source].indices(select)
+        key = (source, select)
+        if key not in self._indices:
+            _, _, index_offset = self.headers[source]["selects"][select].item()
+            count = self.count(source, select)
+            start = index_offset + 4 * self._begin(source, select) if count else 0
+            self._indices[key] = self._windows[source][start : start + 4 * count].view(np.int32) if count else _NOTHING
+        return self._indices[key]
+
+    def _begin(self, source: int, select: int) -> int:
+        """First of the selection's rows, or of its indices, that are for this rank."""
+        begin_offset = int(self.headers[source]["selects"][select]["begin_offset"]) + 8 * self._rank
+        return int(self._windows[source][begin_offset : begin_offset + 8].view(np.int64)[0])
+
+    def rows(self, source: int, field: int, span: slice = slice(None), out: Bytes | None = None) -> Bytes:
+        """Rows `span` of those that `source` selected for this rank, as bytes ``[num_rows, row_bytes]``.
+
+        Without `out` the result may be a view of the source's window: copy what must outlive the block.
+
+        Args:
+            out: uint8 ``[num_rows, row_bytes]``, contiguous; the rows are written there.
+        """
+        if source in self._packed:
+            rows = self._packed[source].field(field)[span]
+        else:
+            offset, num_rows, row_bytes, select = self.headers[source]["fields"][field].item()
+            count = self.count(source, select)
+            if count == 0:
+                rows = np.empty((0, row_bytes), np.uint8)
+            else:
+                rows = self._windows[source][offset : offset + num_rows * row_bytes].reshape(num_rows, row_bytes)
+                if self.headers[source]["selects"][select]["indexed"]:
+                    # mode="clip" lets take write straight into `out`; the indices are in range.
+                    return rows.take(self.indices(source, select)[span], axis=0, out=out, mode="clip")
+                begin = self._begin(source, select)
+                rows = rows[begin : begin + count][span]
+        if out is None:
+            return rows
+        np.copyto(out, rows)
+        return out

@@ -1,0 +1,88 @@
+"""What a rank posts: fields of rows, and selections that say which rows go to which rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.layout import MAX_FIELDS, MAX_SELECTS, align
+
+__all__ = ["Field", "Selection", "by_index", "by_range", "describe", "selections_of", "to_all"]
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Rows ``indices[begin[r] : begin[r] + counts[r]]`` go to rank r; without indices, those rows themselves."""
+
+    begin: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    indices: NDArray[np.int32] | None = None
+
+    def rows_for(self, rank: int) -> NDArray[np.int32] | slice:
+        """Index of the rows for one rank."""
+        span = slice(int(self.begin[rank]), int(self.begin[rank] + self.counts[rank]))
+        return span if self.indices is None else self.indices[span]
+
+
+def by_index(indices: NDArray[np.int32], counts: NDArray[np.int64]) -> Selection:
+    """Rows `indices`, sorted by destination, `counts` of them for each rank."""
+    return Selection(np.cumsum(counts) - counts, counts, indices)
+
+
+def by_range(begin: NDArray[np.int64], counts: NDArray[np.int64]) -> Selection:
+    """A contiguous range of rows for each rank."""
+    return Selection(begin, counts)
+
+
+def to_all(num_rows: int, num_ranks: int) -> Selection:
+    """All rows for every rank."""
+    return Selection(np.zeros(num_ranks, np.int64), np.full(num_ranks, num_rows, np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """An array of rows to post. Rows may be strided; what is posted is contiguous."""
+
+    rows: NDArray[Any]
+    selection: Selection
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.rows.shape[0])
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.rows.shape[1:]) * self.rows.itemsize
+
+    def pack(self, rank: int) -> Bytes:
+        """Bytes of the rows for one rank, contiguous."""
+        rows = np.ascontiguousarray(self.rows[self.selection.rows_for(rank)])
+        return rows.view(np.uint8).reshape(-1) if rows.size else np.empty(0, np.uint8)
+
+
+def selections_of(fields: Sequence[Field]) -> list[Selection]:
+    """The different selections of `fields`, in order of first use."""
+    return list(dict.fromkeys(f.selection for f in fields))
+
+
+def describe(header: NDArray[np.void], fields: Sequence[Field]) -> int:
+    """Lay fields and selections out one after the other, write the offsets into `header`; returns the total bytes."""
+    selections = selections_of(fields)
+    assert len(fields) <= MAX_FIELDS
+    assert len(selections) <= MAX_SELECTS
+    offset = 0
+    for index, f in enumerate(fields):
+        header["fields"][index] = (offset, f.num_rows, f.row_bytes, selections.index(f.selection))
+        offset += align(f.num_rows * f.row_bytes)
+    for index, s in enumerate(selections):
+        index_offset = offset + align(s.begin.nbytes)
+        header["selects"][index] = (s.indices is not None, offset, index_offset)
+        offset = index_offset + align(0 if s.indices is None else s.indices.nbytes)
+    return offset

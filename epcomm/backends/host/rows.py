@@ -1,0 +1,110 @@
+"""Selections of tokens and ordered sums of rows, shared by the one-level and the two-level operations."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.arrays import empty
+from epcomm.backends.host.fields import Selection, by_index
+from epcomm.numerics import accumulate, round_to
+
+__all__ = ["as_bytes", "keep_first", "reduce_rows", "select_tokens"]
+
+_BLOCK_BYTES = 2 << 20  # float32 sums of this size stay in a core's cache while the ranks are added up
+
+
+def select_tokens(is_token_in_rank: NDArray[np.bool_]) -> Selection:
+    """Tokens for each rank, ascending, from a mask ``[T, R]``."""
+    ranks, tokens = np.nonzero(is_token_in_rank.T)
+    return by_index(tokens.astype(np.int32), np.bincount(ranks, minlength=is_token_in_rank.shape[1]))
+
+
+def keep_first(mask: NDArray[np.bool_], num_kept: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Of every column of `mask`, the first ``num_kept[column]`` set entries."""
+    return mask & (np.cumsum(mask, axis=0) <= num_kept)
+
+
+def as_bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    """Contiguous rows as uint8 ``[num_rows, row_bytes]``."""
+    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
+    return rows.reshape(-1).view(np.uint8).reshape(rows.shape[0], row_bytes)
+
+
+@np.errstate(all="ignore")  # Inf and NaN are results here, not events to warn about
+def reduce_rows(
+    parts: Sequence[NDArray[np.uint8]],
+    mask: NDArray[np.bool_],
+    width: int,
+    dtype: np.dtype[Any],
+    biases: Sequence[NDArray[Any]] = (),
+) -> NDArray[Any]:
+    """Sum one row of each part that takes part: biases first, then parts in order; one rounding.
+
+    Args:
+        parts: by column of `mask`, the bytes of its rows; row i belongs to the i-th set entry of the column.
+        mask: bool ``[T, len(parts)]``.
+        width: elements of a row.
+        dtype: of rows, biases and result.
+
+    Returns:
+        ``[T, width]``.
+    """
+    num_tokens = mask.shape[0]
+    out = empty((num_tokens, width), dtype)
+    step = max(1, _BLOCK_BYTES // (4 * width))
+    row_after: NDArray[np.int64] = np.cumsum(
+        mask, axis=0, dtype=np.int64
+    )  # [T, len(parts)], rows of the column up to and with each token
+    num_sums = min(step, num_tokens) * width
+    acc_block = _scratch("sums", 4 * num_sums).view(np.float32).reshape(-1, width)
+    scratch = _scratch("rows", dtype.itemsize * num_sums).view(dtype).reshape(-1, width)
+    for start in range(0, num_tokens, step):
+        block = slice(start, min(start + step, num_tokens))
+        acc = acc_block[: block.stop - start]
+        acc.fill(0)
+        for bias in biases:
+            accumulate(acc, bias[block])
+        for column, part in enumerate(parts):
+            _add(acc, part, mask[block, column], row_after[block, column], scratch[: len(acc)])
+        round_to(acc, out[block])
+    return out
+
+
+_reused = threading.local()  # of the thread, because ranks may be threads
+
+
+def _scratch(name: str, num_bytes: int) -> NDArray[np.uint8]:
+    """Working memory that stays mapped between calls: fresh pages would cost more than the sums in them."""
+    memory: NDArray[np.uint8] | None = getattr(_reused, name, None)
+    if memory is None or memory.size < num_bytes:
+        memory = empty((num_bytes,), np.uint8)
+        setattr(_reused, name, memory)
+    return memory[:num_bytes]
+
+
+def _add(
+    acc: NDArray[np.float32],
+    part: NDArray[np.uint8],
+    selected: NDArray[np.bool_],
+    row_after: NDArray[np.int64],
+    scratch: NDArray[Any],
+) -> None:
+    """``acc[selected] += part[row_after[selected] - 1]``."""
+    tokens = np.flatnonzero(selected)
+    if 2 * len(tokens) > len(acc):
+        # Sums start at +0 and so are never -0: adding +0 changes no bit. One dense addition costs a third of an
+        # indexed one.
+        np.take(part, row_after - 1, axis=0, out=scratch.view(np.uint8), mode="clip")
+        if len(tokens) < len(acc):
+            scratch.view(np.uint8)[np.flatnonzero(~selected)] = 0
+        accumulate(acc, scratch)
+    elif len(tokens):
+        sums = acc[tokens]
+        accumulate(sums, part[row_after[tokens] - 1].view(scratch.dtype))
+        acc[tokens] = sums

@@ -1,0 +1,5 @@
+"""Buffer: the public object."""
+
+from epcomm.buffer.buffer import Buffer
+
+__all__ = ["Buffer"]

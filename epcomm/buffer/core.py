@@ -1,0 +1,366 @@
+"""Life of a Buffer: construction, the guard around every call, inspection, destruction."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm import env
+from epcomm.arrays import empty, export_array, import_array
+from epcomm.backends import Backend, Rejectable
+from epcomm.backends.host import HostBackend
+from epcomm.bootstrap import Communicator, Topology, as_communicator, discover, install_abort_hook
+from epcomm.buffer.arguments import numpy_dtype
+from epcomm.config import Config, combine_config, dispatch_config, low_latency_size_hint
+from epcomm.errors import (
+    BootstrapError,
+    BufferBroken,
+    BufferDestroyed,
+    CapacityError,
+    ConcurrentUse,
+    EpcommError,
+    ForkedProcess,
+    InputError,
+    PeerError,
+    PeerTimeout,
+    RankMismatch,
+    ShapeError,
+    UnsupportedOption,
+)
+from epcomm.event import EventOverlap
+
+__all__ = ["BufferCore"]
+
+_Request = TypeVar("_Request")
+_ids = itertools.count()
+_COUNTERS = (
+    "get_dispatch_layout_calls",
+    "dispatch_calls",
+    "combine_calls",
+    "low_latency_dispatch_calls",
+    "low_latency_combine_calls",
+    "rows_sent",
+    "rows_received",
+)
+
+
+def _agree(comm: Communicator, settings: dict[str, Any], problem: EpcommError | None) -> None:
+    """Raise on all ranks if one of them has a problem, or if their settings differ. Collective."""
+    answers = comm.allgather((str(problem) if problem else "", settings))
+    if problem is not None:
+        raise problem
+    problems = {rank: text for rank, (text, _) in enumerate(answers) if text}
+    if problems:
+        raise PeerError("Buffer", problems)
+    table = {name: [theirs[name] for _, theirs in answers] for name in settings}
+    differing = {name: values for name, values in table.items() if any(value != values[0] for value in values)}
+    if differing:
+        raise RankMismatch("Buffer: ranks disagree", differing)
+
+
+def _check_settings(num_nvl_bytes: int, num_rdma_bytes: int, backend: str, ranks_per_node: int | None) -> None:
+    for name in env.VARIABLES:
+        env.get(name)  # here, where all ranks hear of it, instead of in the middle of what follows
+    for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
+        if not isinstance(value, int | np.integer) or value < 0:
+            raise ShapeError(name, got=repr(value), wanted="a number of bytes, 0 or more")
+    if ranks_per_node is not None and not isinstance(ranks_per_node, int | np.integer):
+        raise ShapeError("ranks_per_node", got=repr(ranks_per_node), wanted="a number of ranks, or None")
+    if backend == "cuda":
+        raise UnsupportedOption(
+            "backend='cuda'", got="a release with the host backend only", do="pass backend='host' or 'auto'"
+        )
+    if backend not in ("auto", "host"):
+        raise InputError("backend", got=repr(backend), wanted="'auto', 'host' or 'cuda'")
+
+
+def _timeout(timeout_s: Any) -> float:
+    name, value = ("EPCOMM_TIMEOUT_S", env.get("EPCOMM_TIMEOUT_S")) if timeout_s is None else ("timeout_s", timeout_s)
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(name, got=repr(value), wanted="a number of seconds, more than 0", do="every wait has an end")
+    return seconds
+
+
+class BufferCore:
+    """The part of `epcomm.Buffer` that is not an operation."""
+
+    num_sms: ClassVar[int] = 20
+
+    def __init__(
+        self,
+        comm: Any = None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        *,
+        backend: str = "auto",
+        ranks_per_node: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._destroyed = True  # until construction is complete
+        self._comm = as_communicator(comm)
+        problem: EpcommError | None = None
+        try:
+            _check_settings(num_nvl_bytes, num_rdma_bytes, backend, ranks_per_node)
+            timeout_s = _timeout(timeout_s)
+            self._check_routing = env.get("EPCOMM_CHECK")
+        except EpcommError as error:
+            problem = error
+        settings = {
+            "low_latency_mode": bool(low_latency_mode),
+            "enable_shrink": bool(enable_shrink),
+            "backend": backend,
+            "EPCOMM_HOST_TRANSPORT": env.get("EPCOMM_HOST_TRANSPORT"),
+        }
+        _agree(self._comm, settings, problem)
+        assert timeout_s is not None
+        self._topology = discover(self._comm, ranks_per_node)
+        self._backend: Backend = HostBackend(self._comm, self._topology, timeout_s, enable_shrink)
+        install_abort_hook(self._comm)
+        self.id = next(_ids)
+        self.num_nvl_bytes, self.num_rdma_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
+        self.low_latency_mode = bool(low_latency_mode)
+        self._explicitly_destroy = bool(explicitly_destroy)
+        self._local_buffers: dict[bool, NDArray[np.uint8]] = {}
+        self._counters = Counter(dict.fromkeys(_COUNTERS, 0))
+        self._recorded: list[EpcommError] = []
+        self._broken: BaseException | None = None
+        self._pid = os.getpid()
+        self._entry = threading.Lock()
+        self._destroyed = False
+
+    # -- who and what -------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._comm.rank
+
+    @property
+    def group_size(self) -> int:
+        """Number of ranks."""
+        return self._comm.size
+
+    @property
+    def topology(self) -> Topology:
+        """Nodes, local ranks and hosts of the job."""
+        return self._topology
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use: "host"."""
+        return "host"
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counters since construction: calls by operation, rows sent and received, bytes moved on this rank."""
+        return {**self._counters, **self._backend.stats()}
+
+    def __repr__(self) -> str:
+        state = "destroyed" if self._destroyed else "broken" if self._broken else self.backend
+        return f"<epcomm.Buffer {self.id}, rank {self._comm.rank} of {self._comm.size}, {state}>"
+
+    # -- guard --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _entered(self, operation: str) -> Iterator[None]:
+        """Admit one call at a time of a usable Buffer; a timeout or an interrupt inside breaks it for good."""
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                operation,
+                got=f"a Buffer of process {self._pid} in process {os.getpid()}",
+                do="make a Buffer after the fork, or start processes with 'spawn'",
+            )
+        if not self._entry.acquire(blocking=False):
+            raise ConcurrentUse(
+                operation, got="a second call while one is running", wanted="one thread at a time in a Buffer"
+            )
+        try:
+            if self._destroyed:
+                raise BufferDestroyed(operation, got="a destroyed Buffer", do="make a new one on all ranks")
+            if self._broken is not None:
+                raise BufferBroken(
+                    operation,
+                    got=f"a Buffer that {type(self._broken).__name__} left out of step",
+                    do="destroy it; make a new one on all ranks once the cause is removed",
+                ) from self._broken
+            yield
+        except BaseException as error:
+            breaks = isinstance(error, PeerTimeout | BootstrapError | KeyboardInterrupt) or self._backend.interrupted()
+            if breaks and self._broken is None:
+                self._broken = error
+                self._backend.abandon()
+            raise
+        finally:
+            self._entry.release()
+
+    def _prepared(self, operation: Rejectable, prepare: Callable[[], _Request]) -> _Request:
+        """Run a check of this rank's input; when it fails, let the peers know before raising."""
+        try:
+            return prepare()
+        except Exception as error:
+            self._backend.reject(operation, error)
+            raise
+
+    def _event(self, previous_event: Any) -> EventOverlap:
+        if previous_event is not None:
+            previous_event.current_stream_wait()
+        return EventOverlap()
+
+    # -- inspection ---------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise the first error that operations have recorded since the last call, such as dropped rows.
+
+        Not collective. Does not wait for operations that are still running.
+
+        Raises:
+            CapacityError: rows were dropped.
+        """
+        with self._entered("check"):
+            recorded, self._recorded = self._recorded, []
+            if recorded:
+                raise recorded[0]
+
+    def _record_dropped(self, num_dropped: int, num_worst_tokens: int) -> None:
+        self._recorded.append(
+            CapacityError(
+                "dispatch: num_worst_tokens",
+                got=f"{num_worst_tokens + num_dropped} rows for rank {self.rank}, of which {num_dropped} were dropped",
+                wanted=f"at most {num_worst_tokens}",
+                do="raise num_worst_tokens",
+            )
+        )
+
+    def record_stream(self, x: Any, stream: Any) -> None:
+        """Say that `stream` uses a received array, so that its memory is not reused before that work is done.
+
+        Not collective, does not block. On the host backend arrays are never reused while a view of them lives,
+        so there is nothing to note beyond the check of `x`.
+
+        Raises:
+            DtypeError: `x` is no array.
+        """
+        with self._entered("record_stream"):
+            import_array(x, "x")
+
+    def get_comm_stream(self) -> Any:
+        """The communication stream; None on the host backend, which has no streams."""
+        return None
+
+    def get_local_buffer_tensor(
+        self, dtype: Any, size: Any = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> Any:
+        """A view of this rank's communication memory, as it is. Not collective, does not block.
+
+        On the host backend this is memory of the declared size that no operation uses.
+
+        Args:
+            dtype: element type, of torch (gives a torch tensor) or NumPy (gives a NumPy array).
+            size: shape of the result; all elements from `offset` on by default.
+            offset: first byte, a multiple of the element size.
+            use_rdma_buffer: the `num_rdma_bytes` region instead of the `num_nvl_bytes` one.
+
+        Raises:
+            ShapeError: the region is too small.
+        """
+        with self._entered("get_local_buffer_tensor"):
+            framework = "torch" if type(dtype).__module__ == "torch" else "numpy"
+            element = numpy_dtype(dtype)
+            num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+            region = self._local_buffers.setdefault(use_rdma_buffer, empty((num_bytes,), np.uint8, fill=0))
+            shape = ((num_bytes - offset) // element.itemsize,) if size is None else tuple(np.atleast_1d(size).tolist())
+            wanted = int(np.prod(shape, dtype=np.int64)) * element.itemsize
+            if offset < 0 or offset % element.itemsize or wanted < 0 or offset + wanted > num_bytes:
+                raise ShapeError(
+                    "get_local_buffer_tensor",
+                    got=f"bytes {offset} to {offset + wanted}",
+                    wanted=f"whole elements inside a region of {num_bytes} bytes",
+                    do="construct the Buffer with more bytes",
+                )
+            return export_array(region[offset : offset + wanted].view(element).reshape(shape), framework)
+
+    # -- configuration ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether kernels may use SM90 features. True: they are compiled at run time for the GPU that is there."""
+        return True
+
+    @classmethod
+    def set_num_sms(cls, new_num_sms: int) -> None:
+        """Set how many SMs high-throughput operations use by default, for all Buffers of this process.
+
+        Any number from 1; ranks may differ. The host backend has no use for it.
+
+        Raises:
+            ShapeError: below 1.
+        """
+        if not isinstance(new_num_sms, int) or new_num_sms < 1:
+            raise ShapeError("new_num_sms", got=repr(new_num_sms), wanted="an integer of at least 1")
+        BufferCore.num_sms = new_num_sms
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """Recommended `Config` of dispatch for a number of ranks, with the current `num_sms`."""
+        return dispatch_config(num_ranks, BufferCore.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """Recommended `Config` of combine for a number of ranks, with the current `num_sms`."""
+        return combine_config(num_ranks, BufferCore.num_sms)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes to pass as `num_rdma_bytes` of a low-latency Buffer; `config.low_latency_size_hint` has the formula."""
+        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event of the work submitted so far to the current stream. Not collective, does not block."""
+        return EventOverlap()
+
+    # -- end ----------------------------------------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """Release what this rank holds. Not collective, never waits, may be called again.
+
+        Arrays that were returned stay valid. Peers that are waiting for this rank raise PeerTimeout.
+        """
+        if not self._destroyed and os.getpid() == self._pid:
+            self._destroyed = True
+            self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+    def __del__(self) -> None:
+        # Marking the Buffer as closed is a store to memory of this rank: safe in any thread and at any time.
+        if not getattr(self, "_destroyed", True) and not self._explicitly_destroy:
+            self.destroy()

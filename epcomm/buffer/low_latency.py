@@ -1,0 +1,297 @@
+"""Low-latency operations of a Buffer: decode-size dispatch and combine, send and receive halves apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+from epcomm.arrays import empty, export_array, framework_of
+from epcomm.backends import LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable
+from epcomm.buffer.arguments import writable_framework
+from epcomm.buffer.core import BufferCore
+from epcomm.buffer.low_latency_arguments import (
+    low_latency_combine_request,
+    low_latency_dispatch_request,
+    low_latency_handle,
+    writable_masks,
+)
+from epcomm.config import low_latency_size_hint
+from epcomm.errors import ImmutableArray, InputError, ShapeError, UnsupportedOption
+from epcomm.event import EventOverlap
+from epcomm.handle import LowLatencyCombineResult, LowLatencyDispatchResult, LowLatencyHandle, register_pytrees
+from epcomm.numerics import BFLOAT16
+
+__all__ = ["LowLatencyOperations"]
+
+
+class LowLatencyOperations(BufferCore):
+    """`low_latency_dispatch`, `low_latency_combine` and what belongs to them.
+
+    R ranks, L local experts, T tokens of this rank, M the declared maximum of tokens a rank, K choices a token.
+    """
+
+    _combine_buffer: NDArray[Any] | None = None  # what get_next_low_latency_combine_buffer handed out last
+
+    def low_latency_dispatch(
+        self,
+        x: Any,
+        topk_idx: Any,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Any = None,
+        dispatch_wait_recv_cost_stats: Any = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyDispatchResult:
+        """Send tokens to their experts, grouped by expert on arrival, cast to fp8 on the way if asked for.
+
+        Collective. Waits for the peers, except with `return_recv_hook`: then the call only sends, and ``hook()``
+        receives. Two results may wait for their hook at a time. The rows of an expert are ordered by source rank,
+        then token, always.
+
+        Args:
+            x: bfloat16 ``[T, hidden]``, T at most M, contiguous, 16-byte aligned; with `use_fp8` hidden is a multiple
+                of 128, else of 8.
+            topk_idx: int32 or int64 ``[T, K]``; -1 selects nothing.
+            num_max_dispatch_tokens_per_rank: M, the same on all ranks.
+            num_experts: E, a multiple of R, the same on all ranks.
+            cumulative_local_expert_recv_stats: int32 ``[L]``, the received counts are added to it.
+            dispatch_wait_recv_cost_stats: int64 ``[R]``, the nanoseconds waited for each rank are added to it.
+            use_fp8: cast rows to float8_e4m3fn with one scale for 128 channels.
+            round_scale: round scales up to powers of two (with `use_fp8`).
+            use_ue8m0: scales as exponent bytes (with `use_fp8` and `round_scale`).
+            async_finish: return before the work is done; not together with `return_recv_hook`.
+            return_recv_hook: see above.
+
+        Returns:
+            `LowLatencyDispatchResult` ``(recv_x, recv_count, handle, event, hook)``. recv_x bfloat16
+            ``[L, R * M, hidden]`` or a pair of float8_e4m3fn rows and scales: float32 ``[L, R * M, hidden / 128]`` or,
+            with `use_ue8m0`, int32 ``[L, R * M, ceil(hidden / 512)]`` with four exponent bytes in each; scales have the
+            row dimension fastest in memory (JAX gets a row-major copy, so with `return_recv_hook` it has to take
+            `use_fp8=False`). Rows past ``recv_count`` int32 ``[L]`` are undefined.
+
+        Raises:
+            CapacityError: T is larger than M.
+            RingFull: two earlier results still wait for their hook.
+            BufferStateError: other ranks have masked this one and went on; `low_latency_clean_mask_buffer` helps.
+            ImmutableArray: statistics in JAX arrays, or JAX with `return_recv_hook` and fp8.
+            InputError, PeerError, RankMismatch, PeerTimeout: as in ``Buffer.dispatch``.
+        """
+        with self._entered("low_latency_dispatch"):
+
+            def prepare() -> LowLatencyDispatchRequest:
+                self._check_low_latency(async_finish, return_recv_hook)
+                return low_latency_dispatch_request(
+                    x,
+                    topk_idx,
+                    num_max_dispatch_tokens_per_rank,
+                    num_experts,
+                    cumulative_local_expert_recv_stats,
+                    dispatch_wait_recv_cost_stats,
+                    use_fp8=use_fp8,
+                    round_scale=round_scale,
+                    use_ue8m0=use_ue8m0,
+                    return_recv_hook=return_recv_hook,
+                    num_ranks=self.group_size,
+                    check=self._check_routing,
+                )
+
+            request = self._prepared(Rejectable.LOW_LATENCY_DISPATCH, prepare)
+            outcome, receive = self._backend.low_latency_dispatch(request)
+            self._counters["low_latency_dispatch_calls"] += 1
+            framework = framework_of(x)
+            register_pytrees()
+            hook = self._hook("low_latency_dispatch", receive, return_recv_hook)
+            handle = LowLatencyHandle(
+                src_info=outcome.src_info,
+                recv_begin=outcome.recv_begin,
+                recv_counts=outcome.recv_counts,
+                num_max_dispatch_tokens_per_rank=request.num_max_dispatch_tokens_per_rank,
+                hidden=request.x.shape[1],
+                num_experts=request.num_experts,
+                buffer_id=self.id,
+                num_tokens=len(request.x),
+                framework=framework,
+            )
+            recv_x = export_array(outcome.recv_x, framework)
+            if outcome.recv_scales is not None:
+                recv_x = (recv_x, export_array(outcome.recv_scales, framework))
+            return LowLatencyDispatchResult(
+                recv_x, export_array(outcome.recv_count, framework), handle, EventOverlap(), hook
+            )
+
+    def low_latency_combine(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        handle: LowLatencyHandle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Any = None,
+        combine_wait_recv_cost_stats: Any = None,
+    ) -> LowLatencyCombineResult:
+        """Bring the experts' rows back and sum them with the tokens' weights.
+
+        Collective; waits like `low_latency_dispatch`. In float32, from +0, choices in ascending position: the product
+        is rounded, then the sum; one rounding to bfloat16 at the end. Choices of -1 and of masked ranks are skipped.
+
+        Args:
+            x: bfloat16 ``[L, R * M, hidden]``, the experts' outputs at the places of their inputs.
+            topk_idx: the one of the dispatch, ``[T, K]``.
+            topk_weights: float32 ``[T, K]``.
+            handle: what the dispatch returned.
+            use_logfmt: not available in this release.
+            zero_copy: take the rows that were written into what `get_next_low_latency_combine_buffer` returned; `x` is
+                then only checked for its shape.
+            async_finish, return_recv_hook: as in `low_latency_dispatch`.
+            out: bfloat16 ``[T, hidden]``, written; a new array by default.
+            combine_wait_recv_cost_stats: int64 ``[R]``, the nanoseconds waited for each rank are added to it.
+
+        Returns:
+            `LowLatencyCombineResult` ``(combined_x [T, hidden], event, hook)``.
+
+        Raises:
+            UnsupportedOption: `use_logfmt`.
+            RoutingError: `topk_idx` is not the one of the dispatch.
+            ImmutableArray: `out`, statistics or `zero_copy` with JAX arrays.
+            HandleError, RingFull, BufferStateError, InputError, PeerError, RankMismatch, PeerTimeout: as in
+                `low_latency_dispatch`.
+        """
+        with self._entered("low_latency_combine"):
+            own_out = out is None
+
+            def prepare() -> LowLatencyCombineRequest:
+                self._check_low_latency(async_finish, return_recv_hook)
+                if use_logfmt:
+                    raise UnsupportedOption(
+                        "use_logfmt", got="True", wanted="False", do="this release combines in bfloat16 only"
+                    )
+                checked = low_latency_handle(handle, self.id)
+                return low_latency_combine_request(
+                    x,
+                    topk_idx,
+                    topk_weights,
+                    checked,
+                    self._in_place_rows(x, checked) if zero_copy else None,
+                    empty((checked.num_tokens, checked.hidden), BFLOAT16) if own_out else out,
+                    combine_wait_recv_cost_stats,
+                    check=self._check_routing,
+                )
+
+            request = self._prepared(Rejectable.LOW_LATENCY_COMBINE, prepare)
+            receive = self._backend.low_latency_combine(request)
+            self._combine_buffer = None
+            self._counters["low_latency_combine_calls"] += 1
+            hook = self._hook("low_latency_combine", receive, return_recv_hook)
+            combined = export_array(request.out, framework_of(x)) if own_out else out
+            return LowLatencyCombineResult(combined, EventOverlap(), hook)
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
+        """Memory to write the experts' outputs into, for the next `low_latency_combine` with ``zero_copy=True``.
+
+        Not collective; waits until the peers have read what it held two combines ago. Undefined content.
+
+        Returns:
+            bfloat16 ``[L, R * M, hidden]`` in the framework of the dispatch; valid until the next combine.
+
+        Raises:
+            ImmutableArray: a JAX handle. Call `low_latency_combine` without `zero_copy` there.
+            RingFull: two combines still wait for their hook.
+        """
+        with self._entered("get_next_low_latency_combine_buffer"):
+            checked = low_latency_handle(handle, self.id)
+            writable_framework(
+                checked.framework, "get_next_low_latency_combine_buffer", "call low_latency_combine without zero_copy"
+            )
+            self._combine_buffer = self._backend.low_latency_combine_buffer((*checked.src_info.shape, checked.hidden))
+            return export_array(self._combine_buffer, checked.framework)
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Kept for programs written for DeepEP: nothing has to be cleaned between modes or shapes. Not collective.
+
+        Raises:
+            ShapeError: a size below 1, or a Buffer whose `num_rdma_bytes` was given and is too small for these.
+        """
+        with self._entered("clean_low_latency_buffer"):
+            hint = low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, self.group_size, num_experts)
+            if 0 < self.num_rdma_bytes < hint:
+                raise ShapeError(
+                    "num_rdma_bytes",
+                    got=str(self.num_rdma_bytes),
+                    wanted=f"at least {hint}",
+                    do="size the Buffer with get_low_latency_rdma_size_hint",
+                )
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leave a rank out of low-latency operations (`mask` True), or bring it back (False).
+
+        Masking is not collective and does not wait. Bringing back is collective over all ranks, that one included.
+
+        Raises:
+            InputError: no such rank, or this one.
+            UnsupportedOption: masking, with ranks that share no memory.
+            PeerTimeout: bringing back, a rank did not call.
+        """
+        with self._entered("low_latency_update_mask_buffer"):
+            if not 0 <= rank_to_mask < self.group_size or (mask and rank_to_mask == self.rank):
+                raise InputError("rank_to_mask", got=repr(rank_to_mask), wanted="another rank of this Buffer")
+            if mask:
+                self._backend.mask(rank_to_mask)
+            else:
+                self._backend.unmask([rank_to_mask])
+
+    def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
+        """Write 1 for every masked rank and 0 for the others into `mask_status`, int32 ``[R]``. Not collective."""
+        with self._entered("low_latency_query_mask_buffer"):
+            writable_masks(mask_status, self.group_size)[...] = self._backend.masks()
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Bring all masked ranks back. Collective over all ranks; waits for them.
+
+        Raises:
+            PeerTimeout: a rank did not call.
+        """
+        with self._entered("low_latency_clean_mask_buffer"):
+            self._backend.unmask(list(range(self.group_size)))
+
+    def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
+        if not self.low_latency_mode:
+            raise InputError(
+                "low-latency operation", got="a Buffer with low_latency_mode=False", wanted="low_latency_mode=True"
+            )
+        if async_finish and return_recv_hook:
+            raise InputError("async_finish", got="also return_recv_hook", wanted="one of the two")
+
+    def _in_place_rows(self, x: Any, handle: LowLatencyHandle) -> NDArray[Any]:
+        if framework_of(x) == "jax":
+            raise ImmutableArray("zero_copy", got="a JAX array", do="call low_latency_combine without zero_copy")
+        shape = (*handle.src_info.shape, handle.hidden)
+        if self._combine_buffer is None or self._combine_buffer.shape != shape:
+            raise InputError(
+                "zero_copy",
+                got="no buffer of this handle's shape handed out since the last combine",
+                do="write into what get_next_low_latency_combine_buffer(handle) returns first",
+            )
+        return self._combine_buffer
+
+    def _hook(self, operation: str, receive: Callable[[], None], postponed: bool) -> Callable[[], None]:
+        """Run the receive half now, or return a function that runs it when it is first called."""
+        if not postponed:
+            receive()
+            return lambda: None
+        pending = [receive]
+
+        def hook() -> None:
+            with self._entered(f"{operation} hook"):
+                if pending:
+                    pending.pop()()
+
+        return hook

@@ -1,0 +1,275 @@
+"""High-throughput operations of a Buffer: layout, dispatch, combine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from epcomm.arrays import export_array, framework_of
+from epcomm.backends import DispatchRequest, Rejectable
+from epcomm.backends.protocol import DispatchOutcome
+from epcomm.buffer.arguments import check_num_experts, combine_dtype, topk_indices, writable_framework
+from epcomm.buffer.core import BufferCore
+from epcomm.buffer.throughput_arguments import combine_request, dispatch_handle, dispatch_request
+from epcomm.config import Config
+from epcomm.event import EventOverlap
+from epcomm.handle import CombineResult, DispatchHandle, DispatchResult, LayoutResult, register_pytrees
+
+__all__ = ["ThroughputOperations"]
+
+
+def _export(array: NDArray[Any] | None, framework: str) -> Any:
+    return None if array is None else export_array(array, framework)
+
+
+class ThroughputOperations(BufferCore):
+    """`get_dispatch_layout`, `dispatch` and `combine`, and what belongs to them.
+
+    R ranks, E experts, T tokens of this rank, K choices a token, N rows received by this rank.
+    """
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Any,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> LayoutResult:
+        """Count how many of this rank's tokens go to each rank, node and expert.
+
+        Not collective. Does not wait for other ranks.
+
+        Args:
+            topk_idx: int32 or int64 ``[T, K]``, K up to 32; -1 selects nothing. Experts e of rank r are those with
+                ``e // (E / R) == r``.
+            num_experts: E, a multiple of R.
+            previous_event: what to wait for first.
+            async_finish: return before the work is done; the event tells when it is.
+            allocate_on_comm_stream: own the results by the communication stream (no meaning on the host backend).
+
+        Returns:
+            `LayoutResult`: int32 ``[R]``, int32 ``[num_nodes]`` or None on one node, int32 ``[E]``, bool ``[T, R]``,
+            and the event; arrays of the framework of `topk_idx`.
+
+        Raises:
+            ShapeError, DtypeError, LayoutError, DeviceError: `topk_idx` or `num_experts` cannot be used.
+            RoutingError: with ``EPCOMM_CHECK=1``, an index out of range or repeated in a row.
+        """
+        with self._entered("get_dispatch_layout"):
+            event = self._event(previous_event)
+            check_num_experts(num_experts, self.group_size)
+            view = topk_indices(topk_idx, None, num_experts, self._check_routing)
+            out = self._backend.dispatch_layout(view.numpy(), num_experts)
+            self._counters["get_dispatch_layout_calls"] += 1
+            return LayoutResult(
+                export_array(out.num_tokens_per_rank, view.framework),
+                _export(out.num_tokens_per_rdma_rank, view.framework),
+                export_array(out.num_tokens_per_expert, view.framework),
+                export_array(out.is_token_in_rank, view.framework),
+                event,
+            )
+
+    def dispatch(
+        self,
+        x: Any,
+        handle: DispatchHandle | None = None,
+        num_tokens_per_rank: Any = None,
+        num_tokens_per_rdma_rank: Any = None,
+        is_token_in_rank: Any = None,
+        num_tokens_per_expert: Any = None,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> DispatchResult:
+        """Send every token once to each rank that owns one of its experts.
+
+        Collective. Waits for the peers' counts, but for none with `handle` or `num_worst_tokens` on a GPU; on the
+        host backend it returns when the rows are here. Received rows are ordered by source rank, then by token index
+        at the source, always.
+
+        Args:
+            x: ``[T, hidden]`` bfloat16, float16, float32, float8_e4m3fn, float8_e5m2, uint8 or int8; or
+                ``(x, scales)`` with scales ``[T]`` or ``[T, num_scales]`` of any 1-, 2- or 4-byte dtype and any
+                strides. Contiguous, 16-byte aligned, rows of a multiple of 16 bytes. T may be 0 and differ by rank.
+            handle: the handle of an earlier dispatch: its routing again (cached dispatch). Then no layout, no
+                `topk_idx` and no `topk_weights`.
+            num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert: as
+                `get_dispatch_layout` returns them.
+            topk_idx: int32 or int64 ``[T, K]``, travels with the rows.
+            topk_weights: float32 ``[T, K]``, travels with the rows; needs `topk_idx`.
+            expert_alignment: round the counts of ``num_recv_tokens_per_expert_list`` up to a multiple of this.
+            num_worst_tokens: if positive, return exactly this many rows. The rows past the real ones are undefined,
+                with -1 in ``recv_topk_idx``; rows that do not fit are dropped, which `check` raises later.
+            config: tuning; the same on all ranks, except for its `num_sms`.
+            previous_event, async_finish, allocate_on_comm_stream: as in `get_dispatch_layout`.
+
+        Returns:
+            `DispatchResult` ``(recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle,
+            event)``. recv_x ``[N, hidden]``, or a pair with the scales, ``[N]`` or ``[N, num_scales]``. recv_topk_idx
+            ``[N, K]`` numbers experts from this rank's first and is -1, with weight 0, where the expert lives
+            elsewhere; both are None for a cached dispatch. Arrays are of the framework of `x`.
+
+        Raises:
+            InputError: this rank's arguments cannot be used (a subclass says what is wrong).
+            PeerError: another rank's arguments cannot be used.
+            RankMismatch: the ranks disagree about hidden, dtype, scales, top-k, experts, config or the operation.
+            PeerTimeout: a rank did not take part; the Buffer is then broken.
+        """
+        with self._entered("dispatch"):
+            event = self._event(previous_event)
+            operation = Rejectable.DISPATCH if handle is None else Rejectable.CACHED_DISPATCH
+            request = self._prepared(
+                operation,
+                lambda: dispatch_request(
+                    x,
+                    handle,
+                    num_tokens_per_rank,
+                    num_tokens_per_rdma_rank,
+                    is_token_in_rank,
+                    num_tokens_per_expert,
+                    topk_idx,
+                    topk_weights,
+                    expert_alignment,
+                    num_worst_tokens,
+                    config,
+                    buffer_id=self.id,
+                    num_ranks=self.group_size,
+                    num_nodes=self._topology.num_nodes,
+                    default=self.get_dispatch_config(self.group_size),
+                    check=self._check_routing,
+                ),
+            )
+            outcome = self._backend.dispatch(request)
+            framework = framework_of(x[0] if isinstance(x, tuple) else x)
+            return self._dispatch_result(request, outcome, framework, event)
+
+    def _dispatch_result(
+        self, request: DispatchRequest, outcome: DispatchOutcome, framework: str, event: EventOverlap
+    ) -> DispatchResult:
+        register_pytrees()
+        self._counters["dispatch_calls"] += 1
+        self._counters["rows_sent"] += int(request.is_token_in_rank.sum())
+        self._counters["rows_received"] += len(outcome.recv_src_idx)
+        if outcome.num_dropped:
+            self._record_dropped(outcome.num_dropped, request.num_worst_tokens)
+        handle = request.handle or DispatchHandle(
+            # The user may reuse the memory of the mask before this handle is used.
+            is_token_in_rank=request.is_token_in_rank.copy(),
+            rank_prefix_matrix=outcome.rank_prefix_matrix,
+            recv_src_idx=outcome.recv_src_idx,
+            forward_mask=outcome.forward_mask,
+            forward_counts=outcome.forward_counts,
+            buffer_id=self.id,
+            dispatch_id=outcome.dispatch_id,
+            rank=self.rank,
+            num_tokens=len(request.x),
+            num_rows=len(outcome.recv_x),
+            num_topk=0 if request.topk_idx is None else request.topk_idx.shape[1],
+            hidden=request.x.shape[1],
+            num_experts=request.num_experts,
+            ranks_per_node=self._topology.ranks_per_node,
+            num_worst_tokens=request.num_worst_tokens,
+            framework=framework,
+        )
+        recv_x = export_array(outcome.recv_x, framework)
+        if outcome.recv_scales is not None:
+            recv_x = (recv_x, export_array(outcome.recv_scales, framework))
+        return DispatchResult(
+            recv_x,
+            _export(outcome.recv_topk_idx, framework),
+            _export(outcome.recv_topk_weights, framework),
+            outcome.num_recv_tokens_per_expert,
+            handle,
+            event,
+        )
+
+    def combine(
+        self,
+        x: Any,
+        handle: DispatchHandle,
+        topk_weights: Any = None,
+        bias: Any = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> CombineResult:
+        """Bring the rows of a dispatch back to their tokens and sum them, unweighted.
+
+        Collective; waits for the peers. The sum runs in float32: the biases, then the rows in ascending rank order,
+        one rounding to nearest even. On several nodes each node's rows are first summed and rounded, then the bias and
+        the nodes in ascending order. Weight the rows, and sum a rank's own experts, before the call.
+
+        Args:
+            x: ``[N, hidden]`` bfloat16, float16 or float32, one row for every received row, in that order; contiguous,
+                16-byte aligned. In memory from `get_combine_buffer` it is not copied.
+            handle: what the dispatch returned.
+            topk_weights: float32 ``[N, K]``, summed to the tokens in the same way.
+            bias: None, ``[T, hidden]`` of the dtype of `x`, or a pair of those.
+            config, previous_event, async_finish, allocate_on_comm_stream: as in `dispatch`.
+
+        Returns:
+            `CombineResult` ``(combined_x [T, hidden], combined_topk_weights [T, K] or None, event)``; a token that went
+            nowhere gets 0 plus its biases.
+
+        Raises:
+            HandleError: the handle is of another Buffer, or the rows do not match it.
+            InputError, PeerError, RankMismatch, PeerTimeout: as in `dispatch`.
+        """
+        with self._entered("combine"):
+            event = self._event(previous_event)
+            request = self._prepared(
+                Rejectable.COMBINE,
+                lambda: combine_request(
+                    x,
+                    handle,
+                    topk_weights,
+                    bias,
+                    config,
+                    buffer_id=self.id,
+                    default=self.get_combine_config(self.group_size),
+                ),
+            )
+            outcome = self._backend.combine(request)
+            framework = framework_of(x)
+            self._counters["combine_calls"] += 1
+            return CombineResult(
+                export_array(outcome.combined_x, framework), _export(outcome.combined_topk_weights, framework), event
+            )
+
+    def internode_dispatch(self, *args: Any, **kwargs: Any) -> DispatchResult:
+        """`dispatch`, which takes the two-hop way by itself when there are several nodes."""
+        return self.dispatch(*args, **kwargs)
+
+    def internode_combine(self, *args: Any, **kwargs: Any) -> CombineResult:
+        """`combine`, which takes the two-hop way by itself when there are several nodes."""
+        return self.combine(*args, **kwargs)
+
+    def get_combine_buffer(self, handle: DispatchHandle, dtype: Any) -> Any:
+        """Memory for the experts' output from which the next `combine` needs no copy.
+
+        Not collective; waits until the peers have read what the memory held before. Undefined content.
+
+        Args:
+            handle: what the dispatch returned.
+            dtype: bfloat16, float16 or float32, as a NumPy dtype or torch dtype.
+
+        Returns:
+            ``[N, handle's hidden]`` in the framework of the dispatch; valid until the next `combine`.
+
+        Raises:
+            ImmutableArray: a JAX handle. Pass an ordinary array to `combine` there.
+            HandleError: the handle of another Buffer.
+        """
+        with self._entered("get_combine_buffer"):
+            handle = dispatch_handle(handle, self.id)
+            writable_framework(handle.framework, "get_combine_buffer", "pass an ordinary array to combine")
+            rows = self._backend.combine_buffer(handle.num_rows, handle.hidden, combine_dtype(dtype))
+            return export_array(rows, handle.framework)

@@ -1,0 +1,252 @@
+"""What operations return: named results, and handles that later operations take.
+
+Results are named tuples, so they unpack like DeepEP V1's. A handle belongs to the Buffer that made it,
+has named fields, can be indexed where users of DeepEP V1 index its tuple, and is a JAX pytree: its arrays
+are leaves (int32 and bool only, which JAX keeps exactly), its sizes and its Buffer's id are static.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.arrays import export_array
+from epcomm.event import EventOverlap
+
+__all__ = [
+    "CombineResult",
+    "DispatchHandle",
+    "DispatchResult",
+    "LayoutResult",
+    "LowLatencyCombineResult",
+    "LowLatencyDispatchResult",
+    "LowLatencyHandle",
+    "register_pytrees",
+]
+
+
+class LayoutResult(NamedTuple):
+    """Result of ``Buffer.get_dispatch_layout``; R ranks, E experts, T tokens."""
+
+    num_tokens_per_rank: Any  # int32 [R]
+    num_tokens_per_rdma_rank: Any  # int32 [num_nodes], None on one node
+    num_tokens_per_expert: Any  # int32 [E]
+    is_token_in_rank: Any  # bool [T, R]
+    event: EventOverlap
+
+    def arguments(self) -> dict[str, Any]:
+        """The layout as keyword arguments of ``Buffer.dispatch``."""
+        return {name: value for name, value in self._asdict().items() if name != "event"}
+
+
+class DispatchResult(NamedTuple):
+    """Result of ``Buffer.dispatch``; N received rows."""
+
+    recv_x: Any  # [N, hidden], or (rows, scales) when scales were sent
+    recv_topk_idx: Any  # [N, num_topk] local expert or -1; None for cached dispatch
+    recv_topk_weights: Any  # float32 [N, num_topk], 0 where not local; None for cached dispatch
+    num_recv_tokens_per_expert_list: list[int]  # rounded up to expert_alignment; empty with num_worst_tokens
+    handle: DispatchHandle
+    event: EventOverlap
+
+
+class CombineResult(NamedTuple):
+    """Result of ``Buffer.combine``."""
+
+    combined_x: Any  # [T, hidden]
+    combined_topk_weights: Any  # float32 [T, num_topk], None when no weights were passed
+    event: EventOverlap
+
+
+class LowLatencyDispatchResult(NamedTuple):
+    """Result of ``Buffer.low_latency_dispatch``."""
+
+    recv_x: Any  # [L, R * max_tokens, hidden] bfloat16, or (float8_e4m3fn rows, scales)
+    recv_count: Any  # int32 [L]
+    handle: LowLatencyHandle
+    event: EventOverlap
+    hook: Callable[[], None]
+
+
+class LowLatencyCombineResult(NamedTuple):
+    """Result of ``Buffer.low_latency_combine``."""
+
+    combined_x: Any  # bfloat16 [T, hidden]
+    event: EventOverlap
+    hook: Callable[[], None]
+
+
+class _Handle:
+    """Indexing, export to the user's framework and the pytree protocol shared by both handles."""
+
+    framework: str
+    _LEAVES: tuple[str, ...]
+
+    def _positions(self) -> tuple[Callable[[], Any], ...]:
+        raise TypeError(f"{type(self).__name__} has no positions")
+
+    def __len__(self) -> int:
+        return len(self._positions())
+
+    def __getitem__(self, index: int) -> Any:
+        value = self._positions()[index]()
+        return export_array(value, self.framework) if isinstance(value, np.ndarray) else value
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        leaves = tuple(getattr(self, name) for name in self._LEAVES)
+        names = [f.name for f in fields(self) if f.name not in self._LEAVES]  # type: ignore[arg-type]
+        return leaves, tuple((name, getattr(self, name)) for name in names)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[tuple[str, Any], ...], leaves: tuple[Any, ...]) -> Self:
+        return cls(**dict(static), **dict(zip(cls._LEAVES, leaves, strict=True)))
+
+    def with_numpy_leaves(self) -> Self:
+        """The same handle with every leaf as a NumPy array, after a trip through a JAX transformation."""
+        changes = {
+            name: np.asarray(leaf)
+            for name in self._LEAVES
+            if (leaf := getattr(self, name)) is not None and not isinstance(leaf, np.ndarray)
+        }
+        return replace(self, **changes) if changes else self  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchHandle(_Handle):
+    """Everything a cached dispatch and a combine need to know of a dispatch.
+
+    Indexing follows DeepEP V1: on one node ``handle[0]`` is `rank_prefix_matrix`, ``handle[3]`` is
+    `recv_src_idx` and ``handle[4]`` is `is_token_in_rank`; on several nodes ``handle[0]`` is
+    `is_token_in_rank`, ``handle[4]`` the prefix sum over source nodes and ``handle[-4]`` the prefix sum over
+    all source ranks. The matrices that describe DeepEP's ring queues have no meaning here and are None.
+
+    Attributes:
+        is_token_in_rank: bool ``[T, R]``, where each of this rank's tokens went.
+        rank_prefix_matrix: int32 ``[R, R]``; entry [i, j] is the number of rows ranks 0..i sent to rank j.
+        recv_src_idx: int32 ``[N]``, the source's token index of every received row.
+        forward_mask: bool ``[F, local_ranks]``; on several nodes, the local ranks to which this rank forwarded
+            each row that came from the ranks with its own local index; else None.
+        forward_counts: int32 ``[num_nodes]``, rows of `forward_mask` by source node; else None.
+        buffer_id: id of the Buffer that made the handle.
+        dispatch_id: which of that Buffer's dispatches; equal on all ranks.
+        rank, num_tokens, num_rows, num_topk, hidden, num_experts, ranks_per_node, num_worst_tokens: sizes;
+            num_rows is the number of rows of ``recv_x``, padding included.
+        framework: the framework in which indexing returns arrays.
+    """
+
+    is_token_in_rank: NDArray[np.bool_]
+    rank_prefix_matrix: NDArray[np.int32]
+    recv_src_idx: NDArray[np.int32]
+    forward_mask: NDArray[np.bool_] | None
+    forward_counts: NDArray[np.int32] | None
+    buffer_id: int
+    dispatch_id: int
+    rank: int
+    num_tokens: int
+    num_rows: int
+    num_topk: int
+    hidden: int
+    num_experts: int
+    ranks_per_node: int
+    num_worst_tokens: int
+    framework: str
+
+    _LEAVES = ("is_token_in_rank", "rank_prefix_matrix", "recv_src_idx", "forward_mask", "forward_counts")
+
+    @cached_property
+    def recv_rank_prefix_sum(self) -> NDArray[np.int32]:
+        """int32 ``[R]``: rows received from ranks 0..i."""
+        return np.ascontiguousarray(np.asarray(self.rank_prefix_matrix)[:, self.rank])
+
+    @property
+    def num_recv_tokens(self) -> int:
+        """Rows received: padding not counted, rows beyond `num_worst_tokens` dropped."""
+        return min(int(self.recv_rank_prefix_sum[-1]), self.num_rows)
+
+    def _recv_node_prefix_sum(self) -> NDArray[np.int32] | None:
+        if self.forward_counts is None:
+            return None
+        return np.cumsum(np.asarray(self.forward_counts), dtype=np.int32)
+
+    def _positions(self) -> tuple[Callable[[], Any], ...]:
+        def absent() -> None:
+            return None
+
+        if self.forward_counts is None:
+            return (
+                lambda: self.rank_prefix_matrix,
+                absent,
+                absent,
+                lambda: self.recv_src_idx,
+                lambda: self.is_token_in_rank,
+                absent,
+            )
+        prefix_sums = (self._recv_node_prefix_sum, absent, lambda: self.recv_rank_prefix_sum)
+        return (lambda: self.is_token_in_rank, absent, absent, absent, *prefix_sums, absent, absent, absent)
+
+
+@dataclass(frozen=True, eq=False)
+class LowLatencyHandle(_Handle):
+    """What a low-latency combine needs to know of its dispatch; L local experts, R ranks.
+
+    Unpacks like DeepEP V1's tuple: ``(src_info, layout_range, num_max_dispatch_tokens_per_rank, hidden,
+    num_experts)``.
+
+    Attributes:
+        src_info: int32 ``[L, R * max_tokens]``, the source's token index of every received row, -1 elsewhere.
+        recv_begin, recv_counts: int32 ``[L, R]``, first row and number of rows from each source rank.
+    """
+
+    src_info: NDArray[np.int32]
+    recv_begin: NDArray[np.int32]
+    recv_counts: NDArray[np.int32]
+    num_max_dispatch_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    buffer_id: int
+    num_tokens: int
+    framework: str
+
+    _LEAVES = ("src_info", "recv_begin", "recv_counts")
+
+    @property
+    def layout_range(self) -> NDArray[np.int64]:
+        """int64 ``[L, R]``: ``begin << 32 | count`` of the rows from each source rank."""
+        begin, count = np.asarray(self.recv_begin, np.int64), np.asarray(self.recv_counts, np.int64)
+        return (begin << 32) | count
+
+    def _positions(self) -> tuple[Callable[[], Any], ...]:
+        return (
+            lambda: self.src_info,
+            lambda: self.layout_range,
+            lambda: self.num_max_dispatch_tokens_per_rank,
+            lambda: self.hidden,
+            lambda: self.num_experts,
+        )
+
+
+_registered = False
+_registration = threading.Lock()  # ranks may be threads of one process
+
+
+def register_pytrees() -> None:
+    """Tell JAX, if the program has imported it, that handles are pytrees. Cheap to call again."""
+    global _registered
+    jax = sys.modules.get("jax")
+    if _registered or jax is None:
+        return
+    with _registration:
+        if not _registered:
+            for cls in (DispatchHandle, LowLatencyHandle):
+                jax.tree_util.register_pytree_node(cls, cls.tree_flatten, cls.tree_unflatten)
+            _registered = True
