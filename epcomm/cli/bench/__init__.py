@@ -1,0 +1,118 @@
+"""``epcomm bench``: times of dispatch and combine, checked bit by bit before they are measured.
+
+::
+
+    case.py          parameters and data
+    measure.py       comparison with the reference; interleaved timing
+    throughput.py    beside a bare Alltoallv of the same bytes
+    low_latency.py
+    report.py        the table, the JSON lines
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epcomm.cli import job
+from epcomm.errors import InputError
+
+if TYPE_CHECKING:
+    from epcomm.bootstrap import Communicator
+    from epcomm.cli.bench.case import Case
+
+__all__ = ["add_parser", "main"]
+
+_DESCRIPTION = """\
+Measures dispatch and combine of a Buffer. First every result is compared bit by bit with epcomm.reference; a difference
+ends the run with status 1 and no times. Then all operations run in turn: throughput mode beside a bare mpi4py Alltoallv
+of the same bytes, low-latency mode with bfloat16 and fp8 rows. Starts its own ranks, or takes part in the job it finds
+itself in.
+"""
+
+# By mode: decode batches are small.
+_DEFAULT_TOKENS = {"throughput": 512, "low-latency": 128}
+_MAX_TOPK = 32
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``bench`` to the sub-commands of ``epcomm``."""
+    parser = subparsers.add_parser("bench", help="measure dispatch and combine", description=_DESCRIPTION)
+    job.add_arguments(parser)
+    parser.add_argument("--mode", choices=tuple(_DEFAULT_TOKENS), default="throughput", help="(default: throughput)")
+    parser.add_argument("--tokens", type=int, metavar="T", help="tokens of a rank (default: 512; low latency: 128)")
+    parser.add_argument("--hidden", type=int, default=1024, metavar="H", help="channels of a row (default: 1024)")
+    parser.add_argument("--topk", type=int, default=8, metavar="K", help="experts of a token (default: 8)")
+    parser.add_argument("--experts", type=int, default=64, metavar="E", help="experts of all ranks (default: 64)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32", "fp8"), help="rows of the throughput mode (default: bf16)"
+    )
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="make virtual nodes of N ranks")
+    parser.add_argument(
+        "--routing", choices=("uniform", "zipf", "grouped"), default="uniform", help="(default: uniform)"
+    )
+    parser.add_argument("--repeats", type=int, default=50, metavar="N", help="measured calls (default: 50)")
+    parser.add_argument("--json", metavar="FILE", help="also write one JSON object a measured row")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the bench; 0 when the results were right."""
+    return job.run("bench", args, _prepare, _program)
+
+
+def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
+    from epcomm.cli.bench.case import Case
+
+    tokens = _DEFAULT_TOKENS[args.mode] if args.tokens is None else args.tokens
+    for name, value in (("--tokens", tokens), ("--repeats", args.repeats)):
+        if value < 1:
+            raise InputError(name, got=value, wanted="at least 1")
+    if args.experts < 1 or args.experts % num_ranks:
+        raise InputError("--experts", got=args.experts, wanted=f"a multiple of the {num_ranks} ranks")
+    if not 1 <= args.topk <= min(args.experts, _MAX_TOPK):
+        limit = f"1 to {min(args.experts, _MAX_TOPK)}"
+        raise InputError("--topk", got=args.topk, wanted=f"{limit} for {args.experts} experts")
+    if args.mode == "low-latency" and args.dtype not in (None, "bf16"):
+        raise InputError("--dtype", got=args.dtype, wanted="bf16", do="low-latency mode measures bf16 and fp8")
+    dtype = args.dtype or "bf16"
+    channels = {"fp8": 128, "fp32": 4}.get(dtype, 8)
+    if args.hidden < 1 or args.hidden % channels:
+        raise InputError("--hidden", got=args.hidden, wanted=f"a multiple of {channels} for {dtype}")
+    if args.ranks_per_node is not None and (args.ranks_per_node < 1 or num_ranks % args.ranks_per_node):
+        raise InputError("--ranks-per-node", got=args.ranks_per_node, wanted=f"a divisor of the {num_ranks} ranks")
+    if args.json is not None:
+        job.check_output_file("--json", args.json)
+    job.check_backend(args.backend)
+    return Case(
+        mode=args.mode,
+        backend=args.backend,
+        ranks=num_ranks,
+        ranks_per_node=args.ranks_per_node,
+        tokens=tokens,
+        hidden=args.hidden,
+        topk=args.topk,
+        experts=args.experts,
+        dtype=dtype,
+        routing=args.routing,
+        repeats=args.repeats,
+        json=args.json,
+    )
+
+
+def _program(comm: Communicator, case: Case) -> int:
+    from epcomm.cli.bench import report
+    from epcomm.cli.bench.low_latency import run_low_latency
+    from epcomm.cli.bench.throughput import run_throughput
+
+    result = (run_throughput if case.mode == "throughput" else run_low_latency)(comm, case)
+    if comm.rank == 0:
+        for difference in result.differences:
+            print(f"epcomm bench: {difference} differs from epcomm.reference; nothing was measured", file=sys.stderr)
+        if not result.differences:
+            print(report.to_text(case, result), flush=True)
+            if case.json is not None:
+                Path(case.json).write_text("".join(f"{line}\n" for line in report.to_json_lines(case, result)))
+    return 1 if result.differences else 0
