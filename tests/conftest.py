@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
+# Every rank of every job imports its test file: without the cached bytecode that some images switch off, pytest would
+# rewrite the file's assertions again in each of them.
+sys.dont_write_bytecode = False
 
-from helpers import mpi_child, mpi_jobs
+from helpers import mpi_child, mpi_jobs  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)

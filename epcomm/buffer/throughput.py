@@ -104,8 +104,9 @@ class ThroughputOperations(BufferCore):
                 `get_dispatch_layout` returns them.
             topk_idx: int32 or int64 ``[T, K]``, travels with the rows.
             topk_weights: float32 ``[T, K]``, travels with the rows; needs `topk_idx`.
-            expert_alignment: round the counts of ``num_recv_tokens_per_expert_list`` up to a multiple of this.
-            num_worst_tokens: if positive, return exactly this many rows. The rows past the real ones are undefined,
+            expert_alignment: round the counts of ``num_recv_tokens_per_expert_list`` up to a multiple of this; the
+                same on all ranks.
+            num_worst_tokens: if positive (and then the same on all ranks), return exactly this many rows. The rows past the real ones are undefined,
                 with -1 in ``recv_topk_idx``; rows that do not fit are dropped, which `check` raises later.
             config: tuning; the same on all ranks, except for its `num_sms`.
             previous_event, async_finish, allocate_on_comm_stream: as in `get_dispatch_layout`.

@@ -1,13 +1,12 @@
 """Shared segments of the host backend: bytes that every rank of one host can map.
 
-A segment is created by its owner, opened by its peers through its name, and then loses the name, so that
-nothing is left behind however the job ends. The memory lives until the last array over it is gone: there
+A segment is created by its owner, opened by its peers through its name, and then loses the name. Nothing is left
+behind however the job ends. The memory lives until the last array over it is gone: there
 is no close, no finalizer, and freeing can never pull memory from under a peer or from under the user.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import secrets
@@ -39,8 +38,9 @@ class SegmentStore(Protocol):
 class FileSegments:
     """Segments between processes: files in a memory file system.
 
-    Files rather than MPI windows, whose release is collective and can block. Random names, created
-    exclusively and readable by their owner's user only.
+    Files rather than MPI windows, whose release is collective and can block. They are in no folder from the moment
+    they are made: peers open them through the owner's descriptor in ``/proc``, so that even a rank that is killed in
+    the middle of a call leaves nothing behind.
 
     Args:
         folder: usually ``/dev/shm``.
@@ -48,34 +48,47 @@ class FileSegments:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
+        self._descriptors: dict[str, int] = {}  # of the segments that have a name
 
     def create(self, num_bytes: int) -> tuple[str, Bytes]:
         path = os.path.join(self._folder, f"epcomm-{secrets.token_hex(16)}")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            os.unlink(path)
             # Reserves the pages now: a full /dev/shm is an OSError here instead of a SIGBUS at the first store.
             os.posix_fallocate(descriptor, 0, num_bytes)
-            return path, self._map(descriptor, num_bytes)
+            segment = self._map(descriptor, num_bytes)
         except BaseException:
-            self.unlink(path)
-            raise
-        finally:
             os.close(descriptor)
+            raise
+        name = f"/proc/{os.getpid()}/fd/{descriptor}:{_identity(descriptor)}"
+        self._descriptors[name] = descriptor
+        return name, segment
 
     def open(self, name: str, num_bytes: int) -> Bytes:
-        descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+        path, _, identity = name.partition(":")
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
+            if _identity(descriptor) != identity:  # a process of another container that has the same number
+                raise FileNotFoundError(f"{path} is not the segment {identity}")
             return self._map(descriptor, num_bytes)
         finally:
             os.close(descriptor)
 
     def unlink(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        descriptor = self._descriptors.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     @staticmethod
     def _map(descriptor: int, num_bytes: int) -> Bytes:
         return np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
+
+
+def _identity(descriptor: int) -> str:
+    """Which file it is, for every process of the host."""
+    status = os.fstat(descriptor)
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 class LocalSegments:

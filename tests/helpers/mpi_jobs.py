@@ -7,7 +7,8 @@ selected tests of that file with the same number of ranks run in **one** job
 
 whose ranks (`helpers.mpi_child`) write records that become the reports of those tests here, one by one. A test that
 fails, crashes or hangs on any rank ends its job; the tests after it get a new one. ``ranks(n, isolated=True)`` gives a
-test a job of its own; ``ranks((1, 2, 4))`` makes one test for each number.
+test a job of its own; ``ranks((1, 2, 4), slow=(4,))`` makes one test
+for each number, and marks those of `slow` as slow.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ POLL_S = 0.02
 
 def register(config: pytest.Config) -> None:
     """Add the plugin for this process's part: the serial parent, or one rank of a job."""
-    config.addinivalue_line("markers", "ranks(n, timeout=120, isolated=False): run the test on n MPI ranks")
+    config.addinivalue_line("markers", "ranks(n, timeout=120, isolated=False, slow=()): run the test on n MPI ranks")
     job = os.environ.get(JOB_VARIABLE)
     if job is None:
         config.pluginmanager.register(ParentPlugin(config), "epcomm-ranks")
@@ -170,7 +171,9 @@ class _Parametrize:
         if marker is not None and isinstance(marker.args[0], tuple):
             if "num_ranks" not in metafunc.fixturenames:
                 metafunc.fixturenames.append("num_ranks")
-            metafunc.parametrize("num_ranks", marker.args[0], ids=lambda n: f"np{n}")
+            slow = marker.kwargs.get("slow", ())
+            sizes = [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in marker.args[0]]
+            metafunc.parametrize("num_ranks", sizes, ids=lambda n: f"np{n}")
 
 
 def run_job(config: pytest.Config, items: Sequence[pytest.Item], folder: Path) -> JobEnd:
@@ -243,6 +246,7 @@ def _rank_environment(folder: Path) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTEST_ADDOPTS": "",
+        "PYTHONDONTWRITEBYTECODE": "",  # see conftest.py
     }
 
 

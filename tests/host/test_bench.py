@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from epcomm import reference
 from epcomm.bootstrap import run_ranks
@@ -59,6 +60,7 @@ def test_throughput_on_two_ranks(tmp_path):
     assert records["dispatch"]["ranks_per_node"] == 2
 
 
+@pytest.mark.slow
 def test_wrong_results_are_not_measured():
     command = [sys.executable, "-c", NOTHING_RIGHT, *SMALL]
     returncode, output = run_ranks(2, command, timeout_s=60, capture=True)

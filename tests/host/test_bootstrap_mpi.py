@@ -26,7 +26,7 @@ def exchange(comm: Communicator, unit: int) -> None:
     assert (recv[want.size :] == 255).all()
 
 
-@pytest.mark.ranks(ALL_SIZES)
+@pytest.mark.ranks(ALL_SIZES, slow=(1, 3, 4))
 def test_collectives(comm, num_ranks):
     assert isinstance(comm, Communicator)
     assert comm.size == num_ranks
@@ -39,7 +39,7 @@ def test_collectives(comm, num_ranks):
         comm.bcast(1, root=num_ranks)
 
 
-@pytest.mark.ranks(ALL_SIZES)
+@pytest.mark.ranks(ALL_SIZES, slow=(1, 3, 4))
 def test_long_segments_travel_in_pieces(comm, monkeypatch):
     from epcomm.bootstrap import mpi
 
@@ -49,7 +49,7 @@ def test_long_segments_travel_in_pieces(comm, monkeypatch):
         exchange(comm, 0)
 
 
-@pytest.mark.ranks(ALL_SIZES)
+@pytest.mark.ranks(ALL_SIZES, slow=(1, 3, 4))
 def test_topology(comm, num_ranks):
     found = discover(comm)
     assert (found.ranks_per_node, found.num_nodes, found.local_rank) == (num_ranks, 1, comm.rank)
@@ -61,7 +61,7 @@ def test_topology(comm, num_ranks):
             discover(comm, 1 + comm.rank % 2)
 
 
-@pytest.mark.ranks((1, 4))
+@pytest.mark.ranks((1, 4), slow=(1, 4))
 def test_split_is_made_once_for_equal_arguments(comm):
     half = comm.split(comm.rank % 2, -comm.rank)
     members = [rank for rank in reversed(range(comm.size)) if rank % 2 == comm.rank % 2]
@@ -135,6 +135,7 @@ def test_what_is_no_communicator(comm):
     assert as_communicator(MPI.COMM_SELF).size == 1
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(3)
 def test_timeout_names_the_late_ranks_and_the_next_adapter_is_fresh(comm):
     from mpi4py import MPI
@@ -204,12 +205,14 @@ def test_a_dead_rank_ends_a_job_of_epcomm_run(act, statuses, text, tmp_path, cap
     assert text in output
 
 
+@pytest.mark.slow
 def test_the_abort_hook_ends_a_job_of_plain_python(run_ranks):
     returncode, output = run_ranks(3, [sys.executable, "-c", DIE.format(hook=True, act=RAISE)])
     assert returncode == 1
     assert "RuntimeError: the reason" in output
 
 
+@pytest.mark.slow
 def test_a_job_ends_normally_after_a_timeout_that_was_handled(run_ranks):
     """MPI_Finalize does not wait for the messages that nobody took."""
     program = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from epcomm.bootstrap import run_ranks
 
 SMALL = ["--hidden=64", "--experts=8", "--topk=2"]
@@ -34,6 +36,7 @@ def test_it_starts_its_ranks_and_checks():
     assert done.stdout.endswith("\nall checks hold\n")
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_ranks_in_a_job_is_said_once():
     command = [sys.executable, "-m", "epcomm", "demo", "--ranks=3", *SMALL]
     returncode, output = run_ranks(2, command, timeout_s=60, capture=True)
@@ -41,6 +44,7 @@ def test_a_wrong_number_of_ranks_in_a_job_is_said_once():
     assert output == "epcomm demo: --ranks: got 3; wanted 2, the ranks of this job, or nothing\n"
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job():
     # Under plain Python, where sys.exit of one rank would leave the other waiting.
     returncode, output = run_ranks(2, [sys.executable, "-c", RANK_1_FAILS], timeout_s=60, capture=True)

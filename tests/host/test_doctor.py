@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
+
 from epcomm.cli.doctor import child, findings, mpi, runner
 
 
@@ -15,6 +17,7 @@ def test_two_ranks_pass_the_smoke_test():
     assert findings.host_works(found)
 
 
+@pytest.mark.slow
 def test_a_rank_alone_in_its_world_does_not_pass():
     done = subprocess.run(
         child.command("epcomm.cli.doctor.smoke"), capture_output=True, text=True, timeout=60, check=False

@@ -24,6 +24,7 @@ def test_is_short_and_says_how_to_run_it(path: Path):
     assert f"python examples/{path.name}\n" in text
 
 
+@pytest.mark.slow
 @every_example
 def test_alone(path):
     done = run_alone(path)
@@ -31,7 +32,13 @@ def test_alone(path):
     assert "check: " in done.stdout
 
 
-@every_example
+QUICK = ("01", "04", "09")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.name.startswith(QUICK) else pytest.mark.slow, id=p.stem) for p in EXAMPLES],
+)
 def test_on_ranks(path, run_ranks):
     code, output = run_ranks(4, [sys.executable, "-m", "mpi4py", str(path)])
     assert code == 0, output
@@ -39,6 +46,7 @@ def test_on_ranks(path, run_ranks):
     assert output.count("check: ") == (4 if path.name.startswith("06") else 1), output
 
 
+@pytest.mark.slow
 @every_example
 def test_wrong_results_are_noticed(path):
     done = run_alone(path, broken=True)

@@ -13,6 +13,8 @@ from epcomm import env
 
 TESTS = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow
+
 HEAD = """
 import os, signal, sys, threading
 import pytest

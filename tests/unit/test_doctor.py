@@ -130,12 +130,14 @@ def report():
     return probes, runner.run_all(probes)
 
 
+@pytest.mark.slow
 def test_every_probe_answers_on_this_machine(report):
     _, found = report
     broken = [finding for finding in found if "answer" in finding.text]
     assert broken == []
 
 
+@pytest.mark.slow
 def test_every_check_of_the_task_has_a_line(report):
     _, found = report
     checks = [finding.check for finding in found]
@@ -156,6 +158,7 @@ def test_every_check_of_the_task_has_a_line(report):
     assert wanted | set(env.VARIABLES) <= set(checks)
 
 
+@pytest.mark.slow
 def test_findings_are_well_formed(report):
     _, found = report
     for finding in found:
@@ -208,6 +211,7 @@ def test_a_broken_probe_is_one_failed_line(fake, function, words):
     assert words in finding.text
 
 
+@pytest.mark.slow
 def test_a_hanging_probe_is_killed_with_its_children(fake, fifo):
     (finding,) = runner.run_probe(fake("hang", timeout_s=1.2))
     assert (finding.status, finding.text) == ("FAIL", "no answer after 1.2 s; killed")
@@ -215,6 +219,7 @@ def test_a_hanging_probe_is_killed_with_its_children(fake, fifo):
     assert read_until_gone(fifo) == b"started"
 
 
+@pytest.mark.slow
 def test_a_probe_that_ignores_the_first_signal_is_killed(fake, monkeypatch):
     monkeypatch.setattr(runner, "_GRACE_S", 0.1)
     (finding,) = runner.run_probe(fake("hang_deaf"), timeout_s=0.5)
@@ -358,6 +363,7 @@ def test_exit_status_is_that_of_the_host_backend(monkeypatch, capsys):
     assert "host backend: does not work" in output
 
 
+@pytest.mark.slow
 def test_timeout_reaches_every_probe(fake, fifo, monkeypatch, capsys):
     monkeypatch.setattr(runner, "PROBES", (fake("hang"),))
     args = parse("--timeout", "0.5")

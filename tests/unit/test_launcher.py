@@ -21,6 +21,8 @@ from epcomm.errors import MpiMissing
 # Starts its command once; "mpirun -n N command".
 FAKE = '#!/bin/sh\nif [ "$1" = --version ]; then echo "{version}"; exit 0; fi\nshift 2\n{prefix}exec "$@"\n'
 
+TREE = Path(__file__).parents[2]
+
 
 def make_launcher(folder: Path, version: str = "HYDRA build details", prefix: str = "", name: str = "mpirun") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +100,7 @@ def test_run_ranks_gives_the_ranks_an_empty_standard_input(fake_mpirun):
     assert launcher.run_ranks(1, ["cat"], capture=True, timeout_s=30) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["", "trap '' TERM; "], ids=["ends_on_term", "needs_kill"])
 def test_run_ranks_kills_a_job_whose_time_ran_out(trap, fake_mpirun):
     fake_mpirun.setattr(launcher, "TERMINATION_GRACE_S", 0.3)
@@ -109,6 +112,7 @@ def test_run_ranks_kills_a_job_whose_time_ran_out(trap, fake_mpirun):
         os.kill(int(output.split()[1]), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_the_job_too(number, status, fake_mpirun):
     # The job tells its pid once it runs; then the parent gets the signal.
@@ -212,13 +216,12 @@ def test_help_lists_all_commands_and_imports_none(capsys, monkeypatch):
 
 def test_version_of_the_tree_is_that_of_the_project(monkeypatch, capsys):
     monkeypatch.setattr(cli.metadata, "version", lambda name: (_ for _ in ()).throw(cli.metadata.PackageNotFoundError))
+    # As in a tree that was not installed, wherever the package under test lies.
+    monkeypatch.setattr(cli, "__file__", str(TREE / "epcomm" / "cli" / "__init__.py"))
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     told = capsys.readouterr().out.strip()
-    assert (
-        f'version = "{told.removeprefix("epcomm ")}"'
-        in Path(cli.__file__).parents[2].joinpath("pyproject.toml").read_text()
-    )
+    assert f'version = "{told.removeprefix("epcomm ")}"' in (TREE / "pyproject.toml").read_text()
 
 
 def test_run_does_not_load_mpi():

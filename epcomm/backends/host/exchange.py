@@ -277,6 +277,8 @@ class Exchange:
     def left_behind(self, ticket: Ticket, ranks: Sequence[int]) -> BufferStateError:
         """The error of a call that `ranks` made without this rank. It leaves the Buffer whole."""
         self._rings[ticket.ring].in_flight.discard(ticket.sequence)
+        if self.control is not None:
+            self.control.set_done(ticket.ring, ticket.slot, ticket.sequence)  # nothing was, or will be, read
         return BufferStateError(
             ticket.operation.label,
             got=f"calls that {', '.join(f'rank {r}' for r in ranks)} made without this rank, which is masked there",

@@ -1,0 +1,228 @@
+"""Run a case on a Buffer and compare everything that comes back, bit for bit, with the oracle.
+
+All functions but the `assert_…` ones are collective: every rank calls them with the same case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.cases import Inputs, LowLatencyInputs
+
+from epcomm import Buffer, DispatchResult, LayoutResult, LowLatencyDispatchResult, reference
+from epcomm.errors import CapacityError
+from epcomm.testing import assert_bitwise
+
+__all__ = [
+    "assert_combined",
+    "assert_dispatched",
+    "assert_layout",
+    "assert_low_latency_dispatched",
+    "assert_low_latency_received",
+    "check_overflow",
+    "combine",
+    "dispatch",
+    "low_latency_combine",
+    "low_latency_dispatch",
+    "low_latency_round_trip",
+    "payload",
+    "round_trip",
+]
+
+
+def payload(inputs: Inputs, rank: int) -> Any:
+    """The first argument of dispatch."""
+    return inputs.x[rank] if inputs.scales is None else (inputs.x[rank], inputs.scales[rank])
+
+
+def dispatch(buffer: Buffer, inputs: Inputs, **options: Any) -> tuple[LayoutResult, DispatchResult]:
+    """Layout and dispatch of a case, unchecked."""
+    rank, case = buffer.rank, inputs.case
+    layout = buffer.get_dispatch_layout(inputs.topk_idx[rank], inputs.num_experts)
+    result = buffer.dispatch(
+        payload(inputs, rank),
+        **layout.arguments(),
+        topk_idx=inputs.topk_idx[rank],
+        topk_weights=None if inputs.topk_weights is None else inputs.topk_weights[rank],
+        expert_alignment=case.expert_alignment,
+        num_worst_tokens=inputs.num_worst_tokens,
+        **options,
+    )
+    return layout, result
+
+
+def combine(
+    buffer: Buffer,
+    inputs: Inputs,
+    result: DispatchResult,
+    num_biases: int = 0,
+    with_weights: bool = False,
+    x: Any = None,
+) -> Any:
+    """Combine of a case's outputs (or of `x`, which holds them), unchecked."""
+    rank = buffer.rank
+    bias: Any = inputs.biases[rank][:num_biases]
+    return buffer.combine(
+        inputs.outputs[rank] if x is None else x,
+        result.handle,
+        topk_weights=inputs.output_weights[rank] if with_weights else None,
+        bias=bias[0] if num_biases == 1 else bias or None,
+    )
+
+
+def assert_layout(buffer: Buffer, inputs: Inputs, got: LayoutResult) -> None:
+    topk_idx, per_node = inputs.topk_idx[buffer.rank], buffer.topology.ranks_per_node
+    want = reference.get_dispatch_layout(topk_idx, inputs.num_experts, buffer.group_size, per_node)
+    assert_bitwise(got.num_tokens_per_rank, want.num_tokens_per_rank, "num_tokens_per_rank")
+    assert_bitwise(got.num_tokens_per_expert, want.num_tokens_per_expert, "num_tokens_per_expert")
+    assert_bitwise(got.is_token_in_rank, want.is_token_in_rank, "is_token_in_rank")
+    assert (got.num_tokens_per_rdma_rank is None) == (want.num_tokens_per_rdma_rank is None)
+    if want.num_tokens_per_rdma_rank is not None:
+        assert_bitwise(got.num_tokens_per_rdma_rank, want.num_tokens_per_rdma_rank, "num_tokens_per_rdma_rank")
+
+
+def _assert_rows(got: Any, want: reference.Dispatched) -> None:
+    got_x, got_scales = got if isinstance(got, tuple) else (got, None)
+    real = slice(want.num_recv_tokens)  # rows past these are padding, of undefined content
+    assert got_x.shape == want.recv_x.shape
+    assert_bitwise(got_x[real], want.recv_x[real], "recv_x")
+    assert (got_scales is None) == (want.recv_scales is None)
+    if want.recv_scales is not None:
+        assert got_scales.shape == want.recv_scales.shape
+        assert_bitwise(got_scales[real], want.recv_scales[real], "scales")
+
+
+def assert_dispatched(buffer: Buffer, inputs: Inputs, got: DispatchResult, is_cached: bool = False) -> None:
+    """Everything that dispatch returns, its handle included."""
+    rank, want = buffer.rank, inputs.dispatched[buffer.rank]
+    real = slice(want.num_recv_tokens)
+    _assert_rows(got.recv_x, want)
+    if is_cached:
+        assert got.recv_topk_idx is None
+        assert got.recv_topk_weights is None
+        assert got.num_recv_tokens_per_expert_list == []
+    else:
+        assert_bitwise(got.recv_topk_idx, want.recv_topk_idx, "recv_topk_idx")
+        assert got.num_recv_tokens_per_expert_list == want.num_recv_tokens_per_expert_list
+        assert (got.recv_topk_weights is None) == (want.recv_topk_weights is None)
+        if want.recv_topk_weights is not None:
+            assert got.recv_topk_weights.shape == want.recv_topk_weights.shape
+            assert_bitwise(got.recv_topk_weights[real], want.recv_topk_weights[real], "recv_topk_weights")
+    handle, per_node = got.handle, buffer.topology.ranks_per_node
+    assert handle.num_recv_tokens == want.num_recv_tokens
+    assert_bitwise(handle.recv_src_idx, want.recv_src_idx[real], "recv_src_idx")
+    if buffer.topology.num_nodes == 1:
+        assert_bitwise(handle[0], want.rank_prefix_matrix, "handle[0]")
+        assert_bitwise(handle[3], want.recv_src_idx[real], "handle[3]")
+    else:
+        assert_bitwise(handle[-4], np.ascontiguousarray(want.rank_prefix_matrix[:, rank]), "handle[-4]")
+        assert_bitwise(handle[4], np.cumsum(rows_over_rail(inputs, rank, per_node), dtype=np.int32), "handle[4]")
+
+
+def rows_over_rail(inputs: Inputs, rank: int, ranks_per_node: int) -> np.ndarray[Any, Any]:
+    """int ``[num_nodes]``: rows that `rank` has to forward from each node, every token once; dropped rows excluded."""
+    num_ranks, node = len(inputs.x), rank // ranks_per_node
+    arrived: list[set[int]] = [set() for _ in range(num_ranks)]
+    for received in inputs.dispatched[node * ranks_per_node : (node + 1) * ranks_per_node]:
+        real = slice(received.num_recv_tokens)
+        for source, token in zip(received.recv_src_rank[real], received.recv_src_idx[real], strict=True):
+            arrived[source].add(int(token))
+    return np.array([len(tokens) for tokens in arrived[rank % ranks_per_node :: ranks_per_node]])
+
+
+def assert_combined(buffer: Buffer, inputs: Inputs, got: Any, num_biases: int = 0, with_weights: bool = False) -> None:
+    want_x, want_weights = inputs.combined(buffer.topology.ranks_per_node, num_biases, with_weights)[buffer.rank]
+    assert_bitwise(got.combined_x, want_x, f"combined_x with {num_biases} biases")
+    assert (got.combined_topk_weights is None) == (want_weights is None)
+    if want_weights is not None:
+        assert_bitwise(got.combined_topk_weights, want_weights, "combined_topk_weights")
+
+
+def check_overflow(buffer: Buffer, inputs: Inputs) -> None:
+    """Dropped rows are reported by the first `check` after the call, and by that one only."""
+    if inputs.is_overflowing(buffer.rank):
+        with pytest.raises(CapacityError, match="num_worst_tokens"):
+            buffer.check()
+    buffer.check()
+
+
+def round_trip(buffer: Buffer, inputs: Inputs) -> None:
+    """Layout, dispatch, combine, and the same with a cached handle, old rows and new rows."""
+    layout, result = dispatch(buffer, inputs)
+    assert_layout(buffer, inputs, layout)
+    assert_dispatched(buffer, inputs, result)
+    check_overflow(buffer, inputs)
+    options = (inputs.case.num_biases, True)
+    assert_combined(buffer, inputs, combine(buffer, inputs, result, *options), *options)
+    for again in (inputs, inputs.with_rows(seed=1)):
+        cached = buffer.dispatch(payload(again, buffer.rank), handle=result.handle)
+        assert_dispatched(buffer, again, cached, is_cached=True)
+        check_overflow(buffer, inputs)
+    # From memory where combine need not copy it; as wide as the rows of the dispatch, which the outputs need not be.
+    outputs, rows = inputs.outputs[buffer.rank], buffer.get_combine_buffer(cached.handle, inputs.case.combine_dtype)
+    if rows.shape == outputs.shape:
+        rows[...] = outputs
+    else:
+        rows = outputs
+    assert_combined(buffer, inputs, combine(buffer, inputs, cached, *options, x=rows), *options)
+
+
+def low_latency_dispatch(buffer: Buffer, inputs: LowLatencyInputs, **options: Any) -> LowLatencyDispatchResult:
+    """Low-latency dispatch of a case, unchecked."""
+    case, rank = inputs.case, buffer.rank
+    return buffer.low_latency_dispatch(
+        inputs.x[rank], inputs.topk_idx[rank], case.max_tokens, inputs.num_experts, **case.options, **options
+    )
+
+
+def low_latency_combine(
+    buffer: Buffer, inputs: LowLatencyInputs, result: LowLatencyDispatchResult, x: Any = None, **options: Any
+) -> Any:
+    """Low-latency combine of a case's outputs (or of `x`, which holds them), unchecked."""
+    rank = buffer.rank
+    outputs = inputs.outputs[rank] if x is None else x
+    return buffer.low_latency_combine(
+        outputs, inputs.topk_idx[rank], inputs.topk_weights[rank], result.handle, **options
+    )
+
+
+def assert_low_latency_dispatched(
+    buffer: Buffer, inputs: LowLatencyInputs, got: LowLatencyDispatchResult, masks: list[Any] | None = None
+) -> None:
+    """Everything that low_latency_dispatch returns, its handle included."""
+    assert_low_latency_received(inputs.dispatched(masks)[buffer.rank], inputs, got)
+
+
+def assert_low_latency_received(
+    want: reference.LowLatencyDispatched, inputs: LowLatencyInputs, got: LowLatencyDispatchResult
+) -> None:
+    """`assert_low_latency_dispatched` for one rank's part of the oracle."""
+    assert_bitwise(got.recv_count, want.recv_count, "recv_count")
+    assert_bitwise(got.handle.src_info, want.src_info, "src_info")
+    assert_bitwise(got.handle.layout_range, want.layout_range, "layout_range")
+    src_info, layout_range, *sizes = got.handle
+    assert_bitwise(src_info, want.src_info, "handle[0]")
+    assert_bitwise(layout_range, want.layout_range, "handle[1]")
+    assert sizes == [inputs.case.max_tokens, inputs.case.hidden, inputs.num_experts]
+    recv_x, scales = got.recv_x if isinstance(got.recv_x, tuple) else (got.recv_x, None)
+    assert recv_x.shape == want.recv_x.shape
+    assert recv_x.flags.c_contiguous
+    for expert, count in enumerate(want.recv_count):
+        assert_bitwise(recv_x[expert, :count], want.recv_x[expert, :count], f"recv_x of expert {expert}")
+    assert (scales is None) == (want.recv_scales is None)
+    if want.recv_scales is not None:
+        assert scales.shape == want.recv_scales.shape
+        # The row dimension is the fastest one in memory.
+        assert scales.transpose(0, 2, 1).flags.c_contiguous
+        for expert, count in enumerate(want.recv_count):
+            assert_bitwise(scales[expert, :count], want.recv_scales[expert, :count], f"scales of expert {expert}")
+
+
+def low_latency_round_trip(buffer: Buffer, inputs: LowLatencyInputs, **options: Any) -> None:
+    """Low-latency dispatch and combine."""
+    result = low_latency_dispatch(buffer, inputs, **options)
+    assert_low_latency_dispatched(buffer, inputs, result)
+    combined = low_latency_combine(buffer, inputs, result, **options)
+    assert_bitwise(combined.combined_x, inputs.combined()[buffer.rank], "combined_x")
