@@ -106,8 +106,9 @@ class ThroughputOperations(BufferCore):
             topk_weights: float32 ``[T, K]``, travels with the rows; needs `topk_idx`.
             expert_alignment: round the counts of ``num_recv_tokens_per_expert_list`` up to a multiple of this; the
                 same on all ranks.
-            num_worst_tokens: if positive (and then the same on all ranks), return exactly this many rows. The rows past the real ones are undefined,
-                with -1 in ``recv_topk_idx``; rows that do not fit are dropped, which `check` raises later.
+            num_worst_tokens: if positive (and then the same on all ranks), return exactly this many rows. The rows past
+                the real ones are undefined, with -1 in ``recv_topk_idx``; rows that do not fit are dropped, which
+                `check` raises later.
             config: tuning; the same on all ranks, except for its `num_sms`.
             previous_event, async_finish, allocate_on_comm_stream: as in `get_dispatch_layout`.
 
