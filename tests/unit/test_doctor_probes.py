@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import mmap
 import os
 import sys
 
@@ -391,29 +389,6 @@ def test_cuda_sources_are_counted_where_they_are(tmp_path, monkeypatch):
     monkeypatch.setenv("EPCOMM_CUDA_SRC", str(tmp_path / "nowhere"))
     found = {finding.check: finding for finding in machine.probe_epcomm()}
     assert found["cuda sources"].status == "FAIL"
-
-
-def make_old(path, num_bytes):
-    path.write_bytes(bytes(num_bytes))
-    os.utime(path, (0, 0))
-
-
-def test_segments_of_dead_jobs_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setenv("EPCOMM_SHM_DIR", str(tmp_path))
-    make_old(tmp_path / "epcomm-dead", 3 << 20)
-    make_old(tmp_path / "epcomm-dead 2", 2 << 20)
-    make_old(tmp_path / "epcomm-live", 1 << 20)
-    make_old(tmp_path / "other", 1 << 20)
-    (tmp_path / "epcomm-young").write_bytes(bytes(1 << 20))
-    with (tmp_path / "epcomm-live").open("r+b") as file, contextlib.closing(mmap.mmap(file.fileno(), 0)):
-        _, left_over = machine.probe_shared_memory()
-    assert (left_over.status, left_over.text) == ("warn", "2 left by dead jobs, 5 MiB")
-    assert left_over.advice == f"rm -f -- {tmp_path}/epcomm-dead '{tmp_path}/epcomm-dead 2'"
-
-
-def test_a_clean_folder_has_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("EPCOMM_SHM_DIR", str(tmp_path))
-    assert len(machine.probe_shared_memory()) == 1
 
 
 @pytest.mark.parametrize(("free_mib", "status"), [(64, "warn"), (255, "warn"), (256, "ok"), (4096, "ok")])

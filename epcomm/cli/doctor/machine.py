@@ -9,8 +9,6 @@ import platform
 import shlex
 import stat
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import epcomm
@@ -23,9 +21,6 @@ __all__ = ["probe_cache", "probe_environment", "probe_epcomm", "probe_numpy", "p
 
 _MIN_PYTHON = (3, 11)
 _MIN_SHM_BYTES = 256 << 20
-_SEGMENT_PATTERN = "epcomm-*"
-# A job unlinks its segments as soon as all ranks have mapped them; younger files may belong to one that is starting.
-_LEFT_OVER_AFTER_S = 60.0
 
 
 def probe_python() -> list[Finding]:
@@ -80,7 +75,7 @@ def probe_numpy() -> list[Finding]:
 
 
 def probe_shared_memory() -> list[Finding]:
-    """Size and free space of the segments' folder, and segments that dead jobs left there."""
+    """Size and free space of the segments' folder. (Segments have no names, so dead jobs leave none there.)"""
     folder = Path(env.get("EPCOMM_SHM_DIR"))
     advice = "set EPCOMM_SHM_DIR to a folder in memory, or EPCOMM_HOST_TRANSPORT=messages"
     try:
@@ -93,41 +88,8 @@ def probe_shared_memory() -> list[Finding]:
     text = f"{folder}: {_mib(free)} free of {_mib(size)}"
     if free < _MIN_SHM_BYTES:
         advice = "docker run --shm-size=8g ... (its default is 64 MiB); or set EPCOMM_HOST_TRANSPORT=messages"
-        space_finding = Finding("shared memory", "warn", text, advice)
-    else:
-        space_finding = Finding("shared memory", "ok", text)
-    return [space_finding, *_left_over_segments(folder)]
-
-
-def _left_over_segments(folder: Path) -> Iterator[Finding]:
-    """At most one finding: this user's segments that no live process has mapped."""
-    sizes: dict[str, int] = {}
-    for path in folder.resolve().glob(_SEGMENT_PATTERN):
-        try:
-            info = path.lstat()
-        except FileNotFoundError:  # a job has just unlinked it
-            continue
-        old = time.time() - info.st_mtime > _LEFT_OVER_AFTER_S
-        if old and info.st_uid == os.getuid() and stat.S_ISREG(info.st_mode):
-            sizes[str(path)] = info.st_size
-    mapped = _mapped_files() if sizes else set()
-    left_over = sorted(sizes.keys() - mapped)
-    if left_over:
-        text = f"{len(left_over)} left by dead jobs, {_mib(sum(sizes[path] for path in left_over))}"
-        yield Finding("left-over segments", "warn", text, f"rm -f -- {shlex.join(left_over)}")
-
-
-def _mapped_files() -> set[str]:
-    """Paths mapped by any process that this user may look at."""
-    paths: set[str] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            lines = maps.read_text(errors="replace").splitlines()
-        except OSError:  # the process ended, or belongs to another user
-            continue
-        # address perms offset dev inode path; the path may hold spaces
-        paths.update(fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)
-    return paths
+        return [Finding("shared memory", "warn", text, advice)]
+    return [Finding("shared memory", "ok", text)]
 
 
 def probe_cache() -> list[Finding]:
