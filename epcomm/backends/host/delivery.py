@@ -146,7 +146,10 @@ class Delivery:
             if count == 0:
                 rows = np.empty((0, row_bytes), np.uint8)
             else:
-                rows = self._windows[source][offset : offset + num_rows * row_bytes].reshape(num_rows, row_bytes)
+                if source == self._rank and self._ticket.fields[field].own_rows_stay:
+                    rows = self._ticket.fields[field].bytes_here()
+                else:
+                    rows = self._windows[source][offset : offset + num_rows * row_bytes].reshape(num_rows, row_bytes)
                 if self.headers[source]["selects"][select]["indexed"]:
                     # mode="clip" lets take write straight into `out`; the indices are in range.
                     return rows.take(self.indices(source, select)[span], axis=0, out=out, mode="clip")

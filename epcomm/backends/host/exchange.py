@@ -189,8 +189,10 @@ class Exchange:
             start, num_bytes = int(place["offset"]), f.num_rows * f.row_bytes
             if num_bytes == 0 or window.holds(f.rows, start):
                 continue  # zero copy: the caller wrote these rows in place
-            np.copyto(window.bytes[start : start + num_bytes].view(f.rows.dtype).reshape(f.rows.shape), f.rows)
-            self.num_bytes_copied += num_bytes
+            target = window.bytes[start : start + num_bytes].view(f.rows.dtype).reshape(f.rows.shape)
+            for span in f.spans_for_others(self.comm.rank):
+                np.copyto(target[span], f.rows[span])
+                self.num_bytes_copied += (span.stop - span.start) * f.row_bytes
         for s, place in zip(selections_of(fields), header["selects"], strict=False):
             _, begin, index = place.item()
             window.bytes[begin : begin + s.begin.nbytes].view(np.int64)[:] = s.begin

@@ -24,6 +24,7 @@ class Selection:
     begin: NDArray[np.int64]
     counts: NDArray[np.int64]
     indices: NDArray[np.int32] | None = None
+    is_partition: bool = False  # no row goes to several ranks
 
     def rows_for(self, rank: int) -> NDArray[np.int32] | slice:
         """Index of the rows for one rank."""
@@ -37,8 +38,8 @@ def by_index(indices: NDArray[np.int32], counts: NDArray[np.int64]) -> Selection
 
 
 def by_range(begin: NDArray[np.int64], counts: NDArray[np.int64]) -> Selection:
-    """A contiguous range of rows for each rank."""
-    return Selection(begin, counts)
+    """A contiguous range of rows for each rank, ranges that do not overlap."""
+    return Selection(begin, counts, is_partition=True)
 
 
 def to_all(num_rows: int, num_ranks: int) -> Selection:
@@ -60,6 +61,22 @@ class Field:
     @property
     def row_bytes(self) -> int:
         return math.prod(self.rows.shape[1:]) * self.rows.itemsize
+
+    @property
+    def own_rows_stay(self) -> bool:
+        """Whether a rank reads what it sends to itself where the caller has it. The caller must leave it there."""
+        return self.selection.is_partition and bool(self.rows.flags.c_contiguous)
+
+    def bytes_here(self) -> Bytes:
+        """The rows where the caller has them, ``[num_rows, row_bytes]``."""
+        return self.rows.reshape(-1).view(np.uint8).reshape(self.num_rows, self.row_bytes)
+
+    def spans_for_others(self, rank: int) -> list[slice]:
+        """The rows that peers of `rank` read: all, or all but its own range where no row goes to several ranks."""
+        if not self.own_rows_stay:
+            return [slice(0, self.num_rows)]
+        begin, count = int(self.selection.begin[rank]), int(self.selection.counts[rank])
+        return [slice(0, begin), slice(begin + count, self.num_rows)]
 
     def pack(self, rank: int) -> Bytes:
         """Bytes of the rows for one rank, contiguous."""

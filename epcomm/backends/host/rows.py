@@ -16,7 +16,7 @@ from epcomm.numerics import accumulate, round_to
 
 __all__ = ["as_bytes", "keep_first", "reduce_rows", "select_tokens"]
 
-_BLOCK_BYTES = 2 << 20  # float32 sums of this size stay in a core's cache while the ranks are added up
+_BLOCK_BYTES = 1 << 20  # float32 sums of this size stay in a core's cache while the ranks are added up
 
 
 def select_tokens(is_token_in_rank: NDArray[np.bool_]) -> Selection:
@@ -57,21 +57,19 @@ def reduce_rows(
     """
     num_tokens = mask.shape[0]
     out = empty((num_tokens, width), dtype)
-    step = max(1, _BLOCK_BYTES // (4 * width))
-    row_after: NDArray[np.int64] = np.cumsum(
-        mask, axis=0, dtype=np.int64
-    )  # [T, len(parts)], rows of the column up to and with each token
-    num_sums = min(step, num_tokens) * width
+    starts = np.arange(0, num_tokens, max(1, _BLOCK_BYTES // (4 * width)))
+    columns = [_Column(part, selected, starts) for part, selected in zip(parts, mask.T, strict=True)]
+    num_sums = (int(starts[1]) if len(starts) > 1 else num_tokens) * width
     acc_block = _scratch("sums", 4 * num_sums).view(np.float32).reshape(-1, width)
-    scratch = _scratch("rows", dtype.itemsize * num_sums).view(dtype).reshape(-1, width)
-    for start in range(0, num_tokens, step):
-        block = slice(start, min(start + step, num_tokens))
-        acc = acc_block[: block.stop - start]
+    row_block = _scratch("rows", dtype.itemsize * num_sums).view(dtype).reshape(-1, width)
+    for number, start in enumerate(starts):
+        block = slice(int(start), min(int(start) + len(acc_block), num_tokens))
+        acc, rows = acc_block[: block.stop - block.start], row_block[: block.stop - block.start]
         acc.fill(0)
         for bias in biases:
             accumulate(acc, bias[block])
-        for column, part in enumerate(parts):
-            _add(acc, part, mask[block, column], row_after[block, column], scratch[: len(acc)])
+        for column in columns:
+            column.add_to(acc, rows, block, number)
         round_to(acc, out[block])
     return out
 
@@ -88,23 +86,29 @@ def _scratch(name: str, num_bytes: int) -> NDArray[np.uint8]:
     return memory[:num_bytes]
 
 
-def _add(
-    acc: NDArray[np.float32],
-    part: NDArray[np.uint8],
-    selected: NDArray[np.bool_],
-    row_after: NDArray[np.int64],
-    scratch: NDArray[Any],
-) -> None:
-    """``acc[selected] += part[row_after[selected] - 1]``."""
-    tokens = np.flatnonzero(selected)
-    if 2 * len(tokens) > len(acc):
-        # Sums start at +0 and so are never -0: adding +0 changes no bit. One dense addition costs a third of an
-        # indexed one.
-        np.take(part, row_after - 1, axis=0, out=scratch.view(np.uint8), mode="clip")
-        if len(tokens) < len(acc):
-            scratch.view(np.uint8)[np.flatnonzero(~selected)] = 0
-        accumulate(acc, scratch)
-    elif len(tokens):
-        sums = acc[tokens]
-        accumulate(sums, part[row_after[tokens] - 1].view(scratch.dtype))
-        acc[tokens] = sums
+class _Column:
+    """The rows of one part, and which tokens they belong to. Indices are made once, for all blocks of tokens."""
+
+    def __init__(self, part: NDArray[np.uint8], selected: NDArray[np.bool_], starts: NDArray[np.int64]) -> None:
+        self._part = part
+        self._row: NDArray[np.int64] = np.cumsum(selected, dtype=np.int64) - 1
+        self._is_dense = 2 * len(part) > len(selected)
+        # The tokens that are handled one by one: those without a row, or where these are many, those with one.
+        self._tokens = np.flatnonzero(selected != self._is_dense)
+        self._cuts = [*np.searchsorted(self._tokens, starts).tolist(), len(self._tokens)]
+
+    def add_to(self, acc: NDArray[np.float32], rows: NDArray[Any], block: slice, number: int) -> None:
+        """Add the rows of tokens `block`, the block with this number, to `acc`; `rows` is working memory."""
+        tokens = self._tokens[self._cuts[number] : self._cuts[number + 1]]
+        if self._is_dense:
+            # Sums start at +0 and so are never -0: adding +0 changes no bit. One dense addition costs a third of an
+            # indexed one.
+            row_bytes = rows.view(np.uint8)
+            self._part.take(self._row[block], axis=0, out=row_bytes, mode="clip")
+            if len(tokens):
+                row_bytes[tokens - block.start] = 0
+            accumulate(acc, rows)
+        elif len(tokens):
+            sums = acc[tokens - block.start]
+            accumulate(sums, self._part[self._row[tokens]].view(rows.dtype))
+            acc[tokens - block.start] = sums
