@@ -296,7 +296,7 @@ class TestBench:
     @pytest.fixture
     def clock(self, monkeypatch):
         clock = FakeClock()
-        monkeypatch.setattr("epcomm.testing.time.perf_counter", clock)
+        monkeypatch.setattr("epcomm.testing.timing.time.perf_counter", clock)
         return clock
 
     def test_one_rank(self, clock):
