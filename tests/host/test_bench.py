@@ -30,6 +30,7 @@ sys.exit(main(["bench", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_throughput_on_two_ranks(tmp_path):
     path = tmp_path / "bench.jsonl"
     command = [sys.executable, "-m", "epcomm", "bench", "--ranks=2", "--dtype=fp8", *SMALL, f"--json={path}"]

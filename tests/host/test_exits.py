@@ -79,6 +79,7 @@ def test_a_rank_that_dies(death, run_ranks, tmp_path):
     assert ("RuntimeError: the reason" in output) == (act == RAISE)
 
 
+@pytest.mark.slow
 def test_an_exception_under_plain_python(run_ranks, tmp_path):
     returncode, output = job(run_ranks, tmp_path, DIE.format(act=RAISE, late=True), python=[])
     assert returncode == 1
@@ -94,6 +95,7 @@ moe.send(buffer, moe.inputs(comm.rank, comm.size))
 """
 
 
+@pytest.mark.slow
 def test_a_timeout_nobody_catches(run_ranks, tmp_path):
     """Here nobody is left to take names away but the rank that raises."""
     returncode, output = job(run_ranks, tmp_path, TIME_OUT, python=[])

@@ -296,6 +296,7 @@ def test_one_rank_is_brought_back(buffer, comm):
     checks.low_latency_round_trip(buffer, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("call", ["never", pytest.param("late", marks=pytest.mark.slow)])

@@ -373,6 +373,7 @@ def make_and_use_buffers(comm, count: int) -> None:
             checks.assert_dispatched(buffer, inputs, result)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2)
 def test_300_buffers_one_after_another(comm):
     make_and_use_buffers(comm, 300)

@@ -80,6 +80,7 @@ def modules_of_the_checkout() -> set[str]:
     return {path.relative_to(CHECKOUT).as_posix() for path in files}
 
 
+@pytest.mark.slow
 def test_wheel(built):
     sources = {f"epcomm/cuda_src/{path.as_posix()}" for path in source_files()}
     assert len(sources) > 0
@@ -93,6 +94,7 @@ def test_wheel(built):
     assert built.wheel.name == f"epcomm-{VERSION}-py3-none-any.whl"
 
 
+@pytest.mark.slow
 def test_metadata(built):
     info = f"epcomm-{VERSION}.dist-info"
     with zipfile.ZipFile(built.wheel) as wheel:
@@ -119,6 +121,7 @@ def test_sdist_builds_the_same_wheel(built, tmp_path):
         assert {f.filename: f.CRC for f in again.infolist()} == {f.filename: f.CRC for f in first.infolist()}
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_sources(installed, tmp_path):
     folder, files = json.loads(run(sys.executable, "-P", "-c", ASK, cwd=tmp_path, path=installed))
     assert Path(folder) == installed / "epcomm" / "cuda_src"
@@ -132,6 +135,7 @@ def test_a_checkout_finds_its_own_sources(tmp_path):
     assert files == [path.as_posix() for path in source_files()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["program", "module"])
 def test_an_installed_program_knows_its_version(installed, tmp_path, how):
     command = [installed / "bin" / "epcomm"] if how == "program" else [sys.executable, "-P", "-m", "epcomm"]
