@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from epcomm.backends.host.fields import as_bytes
 from epcomm.backends.host.header import check_headers
 from epcomm.backends.host.messages import PackedRows
 from epcomm.errors import BootstrapError, BufferStateError, EpcommError, PeerTimeout
@@ -147,7 +148,7 @@ class Delivery:
                 rows = np.empty((0, row_bytes), np.uint8)
             else:
                 if source == self._rank and self._ticket.fields[field].own_rows_stay:
-                    rows = self._ticket.fields[field].bytes_here()
+                    rows = as_bytes(self._ticket.fields[field].rows)
                 else:
                     rows = self._windows[source][offset : offset + num_rows * row_bytes].reshape(num_rows, row_bytes)
                 if self.headers[source]["selects"][select]["indexed"]:

@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 
 from epcomm.layout import MAX_FIELDS, MAX_SELECTS, align
 
-__all__ = ["Field", "Selection", "by_index", "by_range", "describe", "selections_of", "to_all"]
+__all__ = ["Field", "Selection", "as_bytes", "by_index", "by_range", "describe", "selections_of", "to_all"]
 
 Bytes = NDArray[np.uint8]
+
+
+def as_bytes(rows: NDArray[Any]) -> Bytes:
+    """Contiguous rows as uint8 ``[num_rows, row_bytes]``."""
+    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
+    return rows.reshape(-1).view(np.uint8).reshape(rows.shape[0], row_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +72,6 @@ class Field:
     def own_rows_stay(self) -> bool:
         """Whether a rank reads what it sends to itself where the caller has it. The caller must leave it there."""
         return self.selection.is_partition and bool(self.rows.flags.c_contiguous)
-
-    def bytes_here(self) -> Bytes:
-        """The rows where the caller has them, ``[num_rows, row_bytes]``."""
-        return self.rows.reshape(-1).view(np.uint8).reshape(self.num_rows, self.row_bytes)
 
     def spans_for_others(self, rank: int) -> list[slice]:
         """The rows that peers of `rank` read: all, or all but its own range where no row goes to several ranks."""

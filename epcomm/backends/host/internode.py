@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from epcomm.arrays import empty
 from epcomm.backends.host.exchange import Exchange
-from epcomm.backends.host.fields import Field, Selection, by_index, by_range, to_all
+from epcomm.backends.host.fields import Field, Selection, as_bytes, by_index, by_range, to_all
 from epcomm.backends.host.header import Operation
-from epcomm.backends.host.rows import as_bytes, keep_first, reduce_rows, select_tokens
+from epcomm.backends.host.rows import keep_first, reduce_rows, select_tokens
 from epcomm.backends.host.throughput import (
     ReceivedRows,
     agreed_for_combine,

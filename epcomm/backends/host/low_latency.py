@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from epcomm.arrays import empty
 from epcomm.backends.host.delivery import Delivery
 from epcomm.backends.host.exchange import Exchange
-from epcomm.backends.host.fields import Field, by_index, by_range, to_all
+from epcomm.backends.host.fields import Field, as_bytes, by_index, by_range, to_all
 from epcomm.backends.host.header import Operation
-from epcomm.backends.host.rows import as_bytes
 from epcomm.backends.protocol import (
     LowLatencyCombineRequest,
     LowLatencyDispatchOutcome,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from epcomm.arrays import empty
 from epcomm.backends.host.fields import Selection, by_index
 from epcomm.numerics import accumulate, round_to
 
-__all__ = ["as_bytes", "keep_first", "reduce_rows", "select_tokens"]
+__all__ = ["keep_first", "reduce_rows", "select_tokens"]
 
 _BLOCK_BYTES = 1 << 20  # float32 sums of this size stay in a core's cache while the ranks are added up
 
@@ -28,12 +27,6 @@ def select_tokens(is_token_in_rank: NDArray[np.bool_]) -> Selection:
 def keep_first(mask: NDArray[np.bool_], num_kept: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Of every column of `mask`, the first ``num_kept[column]`` set entries."""
     return mask & (np.cumsum(mask, axis=0) <= num_kept)
-
-
-def as_bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
-    """Contiguous rows as uint8 ``[num_rows, row_bytes]``."""
-    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
-    return rows.reshape(-1).view(np.uint8).reshape(rows.shape[0], row_bytes)
 
 
 @np.errstate(all="ignore")  # Inf and NaN are results here, not events to warn about

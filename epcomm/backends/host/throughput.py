@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from epcomm.arrays import empty
 from epcomm.backends.host.delivery import Delivery
 from epcomm.backends.host.exchange import Exchange
-from epcomm.backends.host.fields import Field, Selection, by_range, to_all
+from epcomm.backends.host.fields import Field, Selection, as_bytes, by_range, to_all
 from epcomm.backends.host.header import Operation, dtype_code
-from epcomm.backends.host.rows import as_bytes, keep_first, reduce_rows, select_tokens
+from epcomm.backends.host.rows import keep_first, reduce_rows, select_tokens
 from epcomm.backends.protocol import CombineOutcome, CombineRequest, DispatchOutcome, DispatchRequest
 from epcomm.config import Config
 from epcomm.errors import HandleError
