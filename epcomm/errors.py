@@ -16,6 +16,7 @@
     ├── PeerError (RuntimeError)       another rank rejected its input in this same call
     ├── UnsupportedOption              an option this release does not have
     ├── MissingDependency (ImportError)
+    ├── CompileError (RuntimeError)    a CUDA source was rejected by the compiler
     ├── BootstrapError (RuntimeError)
     │   ├── MpiMissing                 no MPI library was found
     │   └── WrongLauncher              N worlds of one rank instead of one world of N
@@ -42,6 +43,7 @@ __all__ = [
     "BufferDestroyed",
     "BufferStateError",
     "CapacityError",
+    "CompileError",
     "ConcurrentUse",
     "DeviceError",
     "DtypeError",
@@ -151,6 +153,28 @@ class UnsupportedOption(EpcommError):
 
 class MissingDependency(EpcommError, ImportError):
     """An optional package is needed; the message has the pip line."""
+
+
+class CompileError(EpcommError, RuntimeError):
+    """The run-time compiler rejected a CUDA source; the message has the log's errors.
+
+    Attributes:
+        options: the options of the compiler.
+        log: all that it said.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        wanted: object = None,
+        do: str | None = None,
+        options: Sequence[str] = (),
+        log: str = "",
+    ) -> None:
+        self.options, self.log = list(options), log
+        super().__init__(what, got=got, wanted=wanted, do=do)
 
 
 class BootstrapError(EpcommError, RuntimeError):

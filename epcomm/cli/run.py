@@ -7,9 +7,11 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from epcomm.bootstrap import mps
 from epcomm.bootstrap.launcher import TIMED_OUT, run_ranks
 
 __all__ = ["add_parser", "main", "rank_command"]
@@ -21,12 +23,16 @@ The mpirun is that of EPCOMM_MPIRUN, else of this Python environment, else the o
 (`python ...`, a .py file, or a script that starts with a python #! line) the ranks run it under `python -m mpi4py`:
 an exception or sys.exit(1) on one rank then ends the whole job, where plain Python would leave the other ranks
 waiting for it. Standard input is empty. The exit status is the job's; 124 if its time ran out.
+
+Ranks that share a GPU run at the same time only under the CUDA Multi-Process Service. --mps starts one for this job
+and stops it afterwards; if one is running already (CUDA_MPS_PIPE_DIRECTORY), the ranks use that.
 """
 
 EXAMPLES = """\
 examples:
   epcomm run -n 4 -- python train.py --steps 10
   epcomm run -n 8 --timeout 60 -- examples/01_hello.py
+  epcomm run -n 8 --mps -- python train.py
 """
 
 # Interpreter options that take the next argument as their value.
@@ -44,10 +50,11 @@ def add_parser(subparsers: Any) -> None:
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="epcomm run -n N [--timeout S] -- COMMAND [ARGS]",
+        usage="epcomm run -n N [--timeout S] [--mps] -- COMMAND [ARGS]",
     )
     parser.add_argument("-n", type=_positive, required=True, metavar="N", help="number of ranks")
     parser.add_argument("--timeout", type=float, metavar="S", help="end the job after S seconds")
+    parser.add_argument("--mps", action="store_true", help="let ranks share a GPU: start MPS for the job")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND [ARGS]", help="what every rank runs")
     parser.set_defaults(func=main, parser=parser)
 
@@ -57,7 +64,9 @@ def main(args: argparse.Namespace) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         args.parser.error("COMMAND is missing")
-    returncode, note = run_ranks(args.n, rank_command(command), timeout_s=args.timeout)
+    service: AbstractContextManager[dict[str, str]] = mps.running() if args.mps else nullcontext({})
+    with service as changes:
+        returncode, note = run_ranks(args.n, rank_command(command), timeout_s=args.timeout, env=changes)
     if returncode == TIMED_OUT:
         print(note, end="", file=sys.stderr)
     return returncode if returncode >= 0 else 128 - returncode  # as shells report signals
