@@ -1,6 +1,21 @@
 """Arrays of NumPy, PyTorch, JAX, CuPy and other DLPack producers, in and out, without a copy."""
 
-from epcomm.arrays.exchange import export_array, framework_of, import_array
+from epcomm.arrays.device import device_array, export_any, to_host
+from epcomm.arrays.exchange import export_array, framework_of, framework_or_none, import_array
+from epcomm.arrays.streams import StreamRef
 from epcomm.arrays.view import ArrayView, empty, require, wrong_device
 
-__all__ = ["ArrayView", "empty", "export_array", "framework_of", "import_array", "require", "wrong_device"]
+__all__ = [
+    "ArrayView",
+    "StreamRef",
+    "device_array",
+    "empty",
+    "export_any",
+    "export_array",
+    "framework_of",
+    "framework_or_none",
+    "import_array",
+    "require",
+    "to_host",
+    "wrong_device",
+]

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm import dlpack
+from epcomm.arrays.streams import LEGACY
 from epcomm.arrays.view import ArrayView, empty, wrong_device
 from epcomm.dlpack import CPU, CUDA, DTYPES, DType
 from epcomm.errors import DeviceError, DtypeError, ImmutableArray, InputError, LayoutError
 
-__all__ = ["export_array", "framework_of", "import_array"]
+__all__ = ["export_array", "framework_of", "framework_or_none", "import_array"]
 
 _TORCH_DTYPES = {f"torch.{dtype.name}": dtype for dtype in DTYPES}  # the names are the same in both
 
@@ -51,6 +52,11 @@ def framework_of(x: object) -> str:
     return _framework_or_raise(x, "array")
 
 
+def framework_or_none(x: object) -> str | None:
+    """As `framework_of`, None if `x` is no array."""
+    return _framework_of_type(type(x))  # type: ignore[arg-type]
+
+
 def _framework_or_raise(x: object, name: str) -> str:
     framework = _framework_of_type(type(x))  # type: ignore[arg-type]  # mypy does not believe that classes hash
     if framework is None:
@@ -63,7 +69,7 @@ def _framework_or_raise(x: object, name: str) -> str:
     return framework
 
 
-def import_array(x: Any, name: str, *, writable: bool = False) -> ArrayView:
+def import_array(x: Any, name: str, *, writable: bool = False, stream: int | None = None) -> ArrayView:
     """The memory of an array of any framework; never a copy.
 
     A tensor that requires grad is taken detached. A JAX array on the CPU is waited for; everything else does not block,
@@ -73,6 +79,8 @@ def import_array(x: Any, name: str, *, writable: bool = False) -> ArrayView:
         x: array of NumPy, PyTorch, JAX or CuPy, or any object with ``__dlpack__``; any shape and strides.
         name: what to call it in an error: the name of the argument.
         writable: the call will write into it. PyTorch's autograd is told, as by every other in-place operation.
+        stream: raw handle of a CUDA stream that shall wait for the work that fills a CUDA array of JAX or of another
+            DLPack producer. Arrays of PyTorch and CuPy are ordered by using the framework's current stream.
 
     Raises:
         DtypeError: no array, or a dtype that epcomm does not carry.
@@ -82,7 +90,11 @@ def import_array(x: Any, name: str, *, writable: bool = False) -> ArrayView:
         InputError: `writable`, and read-only or recorded by autograd; or an array without plain memory: tracer, fake,
             wrapped, sparse, quantized, nested, conjugated, sharded, deleted, masked.
     """
-    return _IMPORTERS[_framework_or_raise(x, name)](x, name, writable)
+    framework = _framework_or_raise(x, name)
+    if stream is not None and framework in ("jax", "dlpack"):
+        importer = _import_jax if framework == "jax" else _import_dlpack
+        return importer(x, name, writable, stream=stream)
+    return _IMPORTERS[framework](x, name, writable)
 
 
 def _import_numpy(x: NDArray[Any], name: str, writable: bool) -> ArrayView:
@@ -163,7 +175,7 @@ def _check_torch_kind(torch: Any, x: Any, name: str) -> None:
         raise InputError(name, got=problem, wanted="a plain torch.Tensor", do=remedy)
 
 
-def _import_jax(x: Any, name: str, writable: bool) -> ArrayView:
+def _import_jax(x: Any, name: str, writable: bool, stream: int | None = None) -> ArrayView:
     jax = sys.modules["jax"]
     if isinstance(x, jax.core.Tracer):
         raise InputError(
@@ -197,16 +209,31 @@ def _import_jax(x: Any, name: str, writable: bool) -> ArrayView:
             do="leave this argument out and use the array that the call returns",
         )
     _check_dtype(name, x.dtype)
-    return _import_dlpack(x, name, False, framework="jax")
+    return _import_dlpack(x, name, False, framework="jax", stream=stream)
 
 
 def _import_cupy(x: Any, name: str, writable: bool) -> ArrayView:
-    _check_dtype(name, x.dtype)
-    strides = _in_elements(name, x.strides, x.dtype.itemsize)
-    return ArrayView("cupy", x.data.ptr, x.shape, strides, x.dtype, (CUDA, x.device.id), False, x)
+    dtype = x.dtype
+    _check_dtype(name, dtype)
+    strides = _strides_in_elements(name, x.strides, dtype.itemsize)
+    return ArrayView("cupy", x.data.ptr, x.shape, strides, dtype, (CUDA, x.device.id), False, x)
 
 
-def _import_dlpack(x: Any, name: str, writable: bool, framework: str = "dlpack") -> ArrayView:
+class _OnStream:
+    """A DLPack producer that is asked for a capsule for one stream, whoever asks."""
+
+    def __init__(self, producer: Any, stream: int) -> None:
+        self._producer, self._stream = producer, stream or LEGACY
+
+    def __dlpack__(self, **keywords: Any) -> Any:
+        return self._producer.__dlpack__(stream=self._stream, **keywords)
+
+
+def _import_dlpack(
+    x: Any, name: str, writable: bool, framework: str = "dlpack", stream: int | None = None
+) -> ArrayView:
+    if stream is not None and x.__dlpack_device__()[0] == CUDA:
+        x = _OnStream(x, stream)
     tensor = dlpack.read(x, name)
     readonly = tensor.readonly or framework == "jax"  # JAX's capsules have no field to say so
     if writable and readonly:
@@ -285,6 +312,9 @@ def _in_elements(name: str, strides: Sequence[int], itemsize: int) -> tuple[int,
                 do="pass a contiguous copy of it",
             )
     return tuple([step // itemsize for step in strides])
+
+
+_strides_in_elements = functools.lru_cache(maxsize=1024)(_in_elements)  # of tuples, which come again and again
 
 
 def _check_dtype(name: str, dtype: DType) -> None:

@@ -1,0 +1,291 @@
+"""Blocks of device memory that live as long as somebody looks at them.
+
+A block is handed to the user inside an array of some framework and comes back when the last view of it goes: in any
+thread, inside the garbage collector, while the interpreter ends. So a release only appends to a deque. The next
+allocation takes the released blocks out of it and, for every stream that used one, records an event: whoever gets the
+memory next waits for it, on the GPU. That event is recorded then and not earlier, because work was queued until the
+release.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from epcomm.memory.ranges import FreeRanges
+from epcomm.memory.timeline import Timeline
+
+__all__ = ["GRANULE", "Block", "BlockPool"]
+
+GRANULE = 256  # bytes; blocks start and end at multiples of it
+
+
+# What is left of a block that nobody holds any more: start and end address, its readers (stream -> what keeps the
+# stream alive), whether it has hidden ones, whether it is pinned. A plain tuple: the class of a named one may be gone
+# when the interpreter ends.
+_Release = tuple[int, int, dict[int, object], bool, bool]
+
+
+class Block:
+    """A piece of a pool's memory, free again when this object goes. Keep it as the owner of every array over it.
+
+    Attributes:
+        ptr: device address, a multiple of 256.
+        num_bytes: what was asked for.
+        offset: from the base of the pool.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_end",
+        "_is_hidden",
+        "_is_pinned",
+        "_readers",
+        "_release",
+        "num_bytes",
+        "offset",
+        "ptr",
+    )
+
+    def __init__(
+        self, ptr: int, num_bytes: int, offset: int, end: int, is_pinned: bool, release: Callable[[_Release], None]
+    ) -> None:
+        self.ptr = ptr
+        self.num_bytes = num_bytes
+        self.offset = offset
+        self._end = end
+        self._readers: dict[int, object] = {}
+        self._is_hidden = False
+        self._is_pinned = is_pinned
+        self._release = release
+
+    def __repr__(self) -> str:
+        return f"Block({self.num_bytes} bytes at {self.ptr:#x})"
+
+    def note_reader(self, stream: int, keep: object = None) -> None:
+        """Work on the memory is, or may be, queued in `stream`. Any thread.
+
+        Args:
+            stream: raw handle. It must be valid until the memory is used again, after the release of this block.
+            keep: kept until then; the object that destroys the stream when it goes (a CuPy stream).
+        """
+        if keep is not None or stream not in self._readers:
+            self._readers[stream] = keep
+
+    def note_hidden_reader(self) -> None:
+        """A framework works on the memory in streams that it does not tell: only the whole device can be waited for."""
+        self._is_hidden = True
+
+    def pin(self) -> None:
+        """A captured graph has the address: do not use the memory again before the pool closes."""
+        self._is_pinned = True
+
+    def __del__(self) -> None:
+        # NOTE: nothing else may happen here (no CUDA call, lock, log or import): see the top of this file.
+        self._release((self.ptr, self._end, self._readers, self._is_hidden, self._is_pinned))
+
+
+class BlockPool:
+    """Hands out blocks of one region. One thread at a time; blocks may be released in any thread.
+
+    Args:
+        base: device address of the region, a multiple of 256.
+        num_bytes: its size.
+        timeline: events and streams of the device.
+        may_synchronize: whether `allocate` may wait for the whole device to get at memory with hidden readers. False
+            for ranks that are threads of one process: the device may be busy with a kernel that waits for this rank.
+    """
+
+    def __init__(self, base: int, num_bytes: int, timeline: Timeline, *, may_synchronize: bool = True) -> None:
+        self._base = base
+        self._timeline = timeline
+        self._may_synchronize = may_synchronize
+        self._free = FreeRanges()
+        self._released: deque[_Release] = deque()
+        self._release = self._released.append
+        self._unrecorded: list[_Release] = []  # a reader is being captured: its event cannot be recorded yet
+        self._under_way: deque[object] = deque()  # events that free ranges wait for, oldest first
+        self._pinned: list[_Release] = []
+        # Released by one stream, which may have it again without an event: (bytes, stream) -> blocks.
+        self._warm: dict[tuple[int, int], list[_Release]] = {}
+        self._is_closed = False
+        self._num_live = self._bytes_live = self._bytes_peak = self._bytes_total = 0
+        if num_bytes >= GRANULE:
+            self._add_region(base, num_bytes)
+
+    def allocate(self, num_bytes: int, stream: int, *, high: bool = False) -> Block | None:
+        """A block for work in `stream`, None if there is no room. Not collective.
+
+        `stream` waits (on the GPU) for what may still use the memory. Preferred are a block of the same size whose only
+        reader was `stream`, which needs no wait, and memory that nobody uses. Blocks the
+        host only where hidden readers hold the last room. While `stream` is captured into a graph, only memory that
+        nobody uses is taken, and it stays taken until the pool closes.
+
+        Args:
+            num_bytes: 0 is a block of its own, too.
+            stream: raw handle of the stream whose work uses the memory first.
+            high: take from the upper end: small blocks that live long, out of the way of large ones.
+        """
+        if self._is_closed:
+            return None
+        size = -(-num_bytes // GRANULE) * GRANULE or GRANULE
+        is_captured = self._timeline.is_capturing(stream)
+        if self._released or self._unrecorded or self._under_way:
+            self._drain(is_captured)
+        warm = None if is_captured else self._warm.get((size, stream))
+        start: int | None
+        if warm:
+            start = warm.pop()[0]
+        else:
+            start = self._find(size, stream, high, is_captured)
+            if start is None:
+                return None
+        self._num_live += 1
+        self._bytes_live += size
+        if self._bytes_live > self._bytes_peak:
+            self._bytes_peak = self._bytes_live
+        return Block(start, num_bytes, start - self._base, start + size, is_captured, self._release)
+
+    def _find(self, size: int, stream: int, high: bool, is_captured: bool) -> int | None:
+        start = self._free.take_clean(size, high)
+        if start is None and self._warm and not is_captured:
+            self._cool()
+            start = self._free.take_clean(size, high)
+        if start is None and not is_captured:
+            start = self._take_used(size, stream, high)
+        return start
+
+    def _cool(self) -> None:
+        """Give up the memory that is kept for its last stream."""
+        warm = [entry for entries in self._warm.values() for entry in entries]
+        self._warm.clear()
+        if warm or self._unrecorded:
+            self._record([*self._unrecorded, *warm], False)
+
+    def largest_free(self, stream: int | None = None) -> int:
+        """Bytes that an `allocate` next would find room for.
+
+        Args:
+            stream: the stream to be allocated for, if it may be under capture; None: it is not.
+        """
+        is_captured = stream is not None and self._timeline.is_capturing(stream)
+        self._drain(is_captured)
+        if not is_captured:
+            self._cool()
+        with_hidden = self._may_synchronize and not is_captured
+        return self._free.largest(with_pending=not is_captured, with_hidden=with_hidden)
+
+    def settle(self, *, synchronize: bool = False) -> bool:
+        """Whether the memory may go: nobody holds a block, and no known work uses one. Does not block by default.
+
+        Args:
+            synchronize: wait for the device first, which is the only end of hidden readers.
+        """
+        self._drain(False)
+        self._cool()
+        if synchronize:
+            self._timeline.synchronize()
+            self.note_synchronized()
+        self._free.settle(self._timeline.done)
+        used = any(events or hidden for _, _, events, hidden in self._free)
+        return not (self._num_live or self._unrecorded or used)
+
+    def note_synchronized(self) -> None:
+        """The caller has just waited for the whole device, after the last release: nobody uses free memory."""
+        self._cool()
+        self._under_way.clear()
+        self._free.clean_all()
+
+    def close(self) -> None:
+        """Hand out nothing any more; `allocate` returns None. Graphs with pinned blocks may not be replayed."""
+        self._is_closed = True
+        self._pinned.clear()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts, as of the last `allocate`: blocks and bytes that are held, their peak, bytes free, in use by queued
+        work, and pinned by graphs whose arrays are gone; bytes of the whole pool."""
+        sizes = [(end - start, bool(events or hidden)) for start, end, events, hidden in self._free]
+        kept = sum(size * len(entries) for (size, _), entries in self._warm.items())
+        return {
+            "num_live": self._num_live,
+            "bytes_live": self._bytes_live,
+            "bytes_peak": self._bytes_peak,
+            "bytes_free": sum(size for size, _ in sizes) + kept,
+            "bytes_pending": sum(size for size, is_used in sizes if is_used) + kept,
+            "bytes_pinned": sum(end - start for start, end, *_ in self._pinned),
+            "bytes_total": self._bytes_total,
+        }
+
+    def _add_region(self, start: int, num_bytes: int) -> None:
+        """Add memory; the granule that does not fit at its end stays unused."""
+        end = start + num_bytes // GRANULE * GRANULE
+        self._free.add_border(start)
+        self._free.add(start, end)
+        self._bytes_total += end - start
+
+    def _take_used(self, size: int, stream: int, high: bool) -> int | None:
+        """Room that was in use when it was released; `stream` waits for that."""
+        if self._free.settle(self._timeline.done):
+            start = self._free.take_clean(size, high)
+            if start is not None:
+                return start
+        taken = self._free.take_pending(size, high)
+        if taken is not None:
+            start, events = taken
+            for event in events:
+                self._timeline.wait(stream, event)
+            return start
+        if not self._may_synchronize or self._free.largest(with_pending=True, with_hidden=True) < size:
+            return None
+        self._timeline.synchronize()
+        self.note_synchronized()
+        return self._free.take_clean(size, high)
+
+    def _drain(self, is_captured: bool) -> None:
+        """Take in the released blocks."""
+        released = self._released
+        used: list[_Release] = []
+        while released:
+            entry = released.popleft()
+            start, end, readers, is_hidden, is_pinned = entry
+            self._num_live -= 1
+            self._bytes_live -= end - start
+            if len(readers) == 1 and not (is_hidden or is_pinned or is_captured):
+                (reader,) = readers
+                self._warm.setdefault((end - start, reader), []).append(entry)
+            elif readers or is_pinned:
+                used.append(entry)
+            else:
+                self._free.add(start, end, (), is_hidden)
+        if used or self._unrecorded:
+            self._record([*self._unrecorded, *used], is_captured)
+        if self._under_way and not is_captured:
+            self._forget_done()
+
+    def _record(self, entries: list[_Release], is_captured: bool) -> None:
+        """Record the events of blocks that had readers. During a capture they would become part of the graph, so
+        those blocks wait until it is over."""
+        self._unrecorded = []
+        events: dict[int, object] = {}  # one a stream serves all blocks
+        for entry in entries:
+            start, end, readers, is_hidden, is_pinned = entry
+            if is_pinned:
+                self._pinned.append(entry)
+            elif is_captured or any(self._timeline.is_capturing(reader) for reader in readers):
+                self._unrecorded.append(entry)
+            else:
+                for reader in readers:
+                    if reader not in events:
+                        events[reader] = self._timeline.record(reader)
+                self._free.add(start, end, tuple([events[reader] for reader in readers]), is_hidden)
+        self._under_way.extend(events.values())
+
+    def _forget_done(self) -> None:
+        """Look at the oldest events, so that the list of ranges stays short at the price of one question a call."""
+        finished = []
+        while self._under_way and self._timeline.done(self._under_way[0]):
+            finished.append(self._under_way.popleft())
+        if finished:
+            done = {id(event) for event in finished}
+            self._free.settle(lambda event: id(event) in done)
