@@ -32,6 +32,7 @@ VARIABLES: dict[str, Variable] = {
         Variable("EPCOMM_TIMEOUT_S", float, 100.0, "seconds a rank waits for its peers before PeerTimeout"),
         Variable("EPCOMM_CHECK", bool, False, "check every expert index for range and repetition"),
         Variable("EPCOMM_ABORT", bool, True, "an uncaught exception on one rank aborts the whole MPI job"),
+        Variable("EPCOMM_BACKEND", str, "auto", "what backend='auto' means: auto, host or cuda"),
         Variable("EPCOMM_RANKS_PER_NODE", int, 0, "make virtual nodes of this many ranks (0: from the hosts)"),
         Variable(
             "EPCOMM_HOST_TRANSPORT", str, "auto", "host backend: auto, segments (shared memory) or messages (MPI)"

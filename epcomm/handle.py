@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import export_array
+from epcomm.arrays import ArrayView, StreamRef, export_any, import_array, to_host
 from epcomm.event import EventOverlap
 
 __all__ = [
@@ -87,6 +87,7 @@ class _Handle:
     """Indexing, export to the user's framework and the pytree protocol shared by both handles."""
 
     framework: str
+    stream: StreamRef | None
     _LEAVES: tuple[str, ...]
 
     def _positions(self) -> tuple[Callable[[], Any], ...]:
@@ -97,13 +98,18 @@ class _Handle:
 
     def __getitem__(self, index: int) -> Any:
         value = self._positions()[index]()
-        return export_array(value, self.framework) if isinstance(value, np.ndarray) else value
+        return self._exported(value) if isinstance(value, np.ndarray | ArrayView) else value
+
+    def _exported(self, value: Any) -> Any:
+        return export_any(value, self.framework, self.stream)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        leaves = tuple(getattr(self, name) for name in self._LEAVES)
+        # JAX's transformations know NumPy and JAX arrays.
+        values = (getattr(self, name) for name in self._LEAVES)
+        leaves = tuple(self._exported(value) if isinstance(value, ArrayView) else value for value in values)
         names = [f.name for f in fields(self) if f.name not in self._LEAVES]  # type: ignore[arg-type]
         return leaves, tuple((name, getattr(self, name)) for name in names)
 
@@ -111,14 +117,25 @@ class _Handle:
     def tree_unflatten(cls, static: tuple[tuple[str, Any], ...], leaves: tuple[Any, ...]) -> Self:
         return cls(**dict(static), **dict(zip(cls._LEAVES, leaves, strict=True)))
 
-    def with_numpy_leaves(self) -> Self:
-        """The same handle with every leaf as a NumPy array, after a trip through a JAX transformation."""
-        changes = {
-            name: np.asarray(leaf)
+    def with_own_leaves(self, stream: int | None) -> Self:
+        """The same handle with every leaf as the backend made it, after a trip through a JAX transformation.
+
+        Args:
+            stream: the CUDA stream that is going to read the leaves; None on the host backend.
+        """
+        foreign = {
+            name: leaf
             for name in self._LEAVES
-            if (leaf := getattr(self, name)) is not None and not isinstance(leaf, np.ndarray)
+            if (leaf := getattr(self, name)) is not None and not isinstance(leaf, np.ndarray | ArrayView)
         }
-        return replace(self, **changes) if changes else self  # type: ignore[type-var]
+        if not foreign:
+            return self
+        own: dict[str, Any]
+        if stream is None:
+            own = {name: np.asarray(leaf) for name, leaf in foreign.items()}
+        else:
+            own = {name: import_array(leaf, f"handle.{name}", stream=stream) for name, leaf in foreign.items()}
+        return replace(self, **own)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +159,16 @@ class DispatchHandle(_Handle):
         rank, num_tokens, num_rows, num_topk, hidden, num_experts, ranks_per_node, num_worst_tokens: sizes;
             num_rows is the number of rows of ``recv_x``, padding included.
         framework: the framework in which indexing returns arrays.
+        send_pos: int32 ``[T, R]`` on the CUDA backend: the index of each of this rank's rows within (this rank,
+            destination), or -1; else None.
+        stream: the CUDA stream in which the dispatch ran; None on the host backend.
+
+    On the CUDA backend the arrays are in GPU memory (`epcomm.arrays.ArrayView`); indexing gives arrays of `framework`.
     """
 
-    is_token_in_rank: NDArray[np.bool_]
-    rank_prefix_matrix: NDArray[np.int32]
-    recv_src_idx: NDArray[np.int32]
+    is_token_in_rank: Any
+    rank_prefix_matrix: Any
+    recv_src_idx: Any
     forward_mask: NDArray[np.bool_] | None
     forward_counts: NDArray[np.int32] | None
     buffer_id: int
@@ -160,13 +182,19 @@ class DispatchHandle(_Handle):
     ranks_per_node: int
     num_worst_tokens: int
     framework: str
+    send_pos: Any = None
+    stream: StreamRef | None = None
 
-    _LEAVES = ("is_token_in_rank", "rank_prefix_matrix", "recv_src_idx", "forward_mask", "forward_counts")
+    _LEAVES = ("is_token_in_rank", "rank_prefix_matrix", "recv_src_idx", "forward_mask", "forward_counts", "send_pos")
 
     @cached_property
     def recv_rank_prefix_sum(self) -> NDArray[np.int32]:
-        """int32 ``[R]``: rows received from ranks 0..i."""
-        return np.ascontiguousarray(np.asarray(self.rank_prefix_matrix)[:, self.rank])
+        """int32 ``[R]``: rows received from ranks 0..i. On the CUDA backend it blocks until the dispatch is done."""
+        if self.stream is None:
+            values = np.asarray(self.rank_prefix_matrix)
+        else:
+            values = to_host(self.with_own_leaves(self.stream.ptr).rank_prefix_matrix, self.stream.ptr)
+        return np.ascontiguousarray(values[:, self.rank])
 
     @property
     def num_recv_tokens(self) -> int:
@@ -216,6 +244,7 @@ class LowLatencyHandle(_Handle):
     buffer_id: int
     num_tokens: int
     framework: str
+    stream: StreamRef | None = None
 
     _LEAVES = ("src_info", "recv_begin", "recv_counts")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ from helpers import mpi_child, mpi_jobs  # noqa: E402
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     mpi_jobs.register(config)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def backend_of_the_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests outside of tests/cuda take the host backend where there is a GPU, too; so do the programs they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "cuda" not in request.path.parts[-2:]:
+            patch.setenv("EPCOMM_BACKEND", "host")
+        yield
 
 
 comm = mpi_child.comm

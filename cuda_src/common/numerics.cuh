@@ -31,6 +31,47 @@ template <> __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(flo
     return __float2bfloat16_rn(acc);
 }
 
+// The elements of 16 bytes, and a sum of as many.
+template <typename T> struct VectorSum {
+    static constexpr int kElements = 16 / sizeof(T);
+    float value[kElements] = {};  // +0
+
+    __device__ __forceinline__ void add(uint4 v) {
+        const unsigned int words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) add_word(i, words[i]);
+    }
+    __device__ __forceinline__ uint4 rounded() const { return {word(0), word(1), word(2), word(3)}; }
+
+  private:
+    __device__ __forceinline__ void add_word(int i, unsigned int bits);
+    __device__ __forceinline__ unsigned int word(int i) const;
+};
+
+template <> __device__ __forceinline__ void VectorSum<float>::add_word(int i, unsigned int bits) {
+    value[i] = accumulate(value[i], __uint_as_float(bits));
+}
+template <> __device__ __forceinline__ unsigned int VectorSum<float>::word(int i) const {
+    return __float_as_uint(value[i]);
+}
+template <> __device__ __forceinline__ void VectorSum<__nv_bfloat16>::add_word(int i, unsigned int bits) {
+    value[2 * i] = accumulate(value[2 * i], __uint_as_float(bits << 16));
+    value[2 * i + 1] = accumulate(value[2 * i + 1], __uint_as_float(bits & 0xffff0000u));
+}
+template <> __device__ __forceinline__ unsigned int VectorSum<__nv_bfloat16>::word(int i) const {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);
+    return *reinterpret_cast<const unsigned int*>(&pair);
+}
+template <> __device__ __forceinline__ void VectorSum<__half>::add_word(int i, unsigned int bits) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+    value[2 * i] = accumulate(value[2 * i], pair.x);
+    value[2 * i + 1] = accumulate(value[2 * i + 1], pair.y);
+}
+template <> __device__ __forceinline__ unsigned int VectorSum<__half>::word(int i) const {
+    const __half2 pair = __floats2half2_rn(value[2 * i], value[2 * i + 1]);
+    return *reinterpret_cast<const unsigned int*>(&pair);
+}
+
 // How a block of channels is cast: q = e4m3(x * factor), and x is about q * scale.
 struct Fp8Scale {
     float factor;

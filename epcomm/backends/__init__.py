@@ -1,19 +1,23 @@
 """The machines that run a Buffer's operations, behind one protocol."""
 
 from epcomm.backends.protocol import (
+    Array,
     Backend,
     CombineRequest,
     DispatchRequest,
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     Rejectable,
+    Turn,
 )
 
 __all__ = [
+    "Array",
     "Backend",
     "CombineRequest",
     "DispatchRequest",
     "LowLatencyCombineRequest",
     "LowLatencyDispatchRequest",
     "Rejectable",
+    "Turn",
 ]

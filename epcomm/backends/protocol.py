@@ -1,7 +1,8 @@
 """What the Buffer asks of a backend: checked requests in, arrays out.
 
 The Buffer validates shapes, dtypes and devices and wraps results for the user's framework; a backend moves and
-sums rows. Arrays in requests are views of the user's memory, contiguous except `DispatchRequest.scales`.
+sums rows. Every call has a `Turn`, which brings arrays in and out. Arrays in requests are views of the user's memory,
+contiguous except `DispatchRequest.scales`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from epcomm.arrays import ArrayView, StreamRef
 from epcomm.config import Config
+from epcomm.errors import EpcommError
+from epcomm.event import EventOverlap
 from epcomm.handle import DispatchHandle, LowLatencyHandle
 
 __all__ = [
+    "Array",
     "Backend",
     "CombineOutcome",
     "CombineRequest",
@@ -28,9 +33,11 @@ __all__ = [
     "LowLatencyDispatchOutcome",
     "LowLatencyDispatchRequest",
     "Rejectable",
+    "Turn",
 ]
 
-Array = NDArray[Any]
+# What `Turn.take` makes of an argument: a NumPy array on the host backend, an ArrayView of GPU memory on CUDA.
+Array: TypeAlias = Any
 
 
 class Rejectable(Enum):
@@ -43,17 +50,17 @@ class Rejectable(Enum):
     LOW_LATENCY_COMBINE = "low_latency_combine"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: one is made in every call, and freezing triples the time
 class LayoutOutcome:
     """See `epcomm.handle.LayoutResult`."""
 
-    num_tokens_per_rank: NDArray[np.int32]
-    num_tokens_per_rdma_rank: NDArray[np.int32] | None
-    num_tokens_per_expert: NDArray[np.int32]
-    is_token_in_rank: NDArray[np.bool_]
+    num_tokens_per_rank: Array  # int32 [R]
+    num_tokens_per_rdma_rank: Array | None  # int32 [num_nodes]
+    num_tokens_per_expert: Array  # int32 [E]
+    is_token_in_rank: Array  # bool [T, R]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DispatchRequest:
     """A dispatch of T rows; `handle` is set for a cached one, and then there is no routing."""
 
@@ -61,16 +68,18 @@ class DispatchRequest:
     scales: Array | None  # [T] or [T, num_scales], any strides
     topk_idx: Array | None  # int32 or int64 [T, num_topk]
     topk_weights: Array | None  # float32 [T, num_topk]
-    is_token_in_rank: NDArray[np.bool_]  # [T, R]
-    num_tokens_per_expert: NDArray[np.int32] | None  # [E]
+    is_token_in_rank: Array  # bool [T, R]
+    num_tokens_per_rank: Array | None  # int32 [R]
+    num_tokens_per_expert: Array | None  # int32 [E]
     num_experts: int
     expert_alignment: int
     num_worst_tokens: int
     config: Config
+    num_sms: int
     handle: DispatchHandle | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DispatchOutcome:
     """What a dispatch delivered; see `epcomm.handle.DispatchResult` and `DispatchHandle`."""
 
@@ -79,15 +88,18 @@ class DispatchOutcome:
     recv_topk_idx: Array | None
     recv_topk_weights: Array | None
     num_recv_tokens_per_expert: list[int]
-    rank_prefix_matrix: NDArray[np.int32]
-    recv_src_idx: NDArray[np.int32]
-    forward_mask: NDArray[np.bool_] | None
-    forward_counts: NDArray[np.int32] | None
+    rank_prefix_matrix: Array  # int32 [R, R]
+    recv_src_idx: Array  # int32 [N]
+    is_token_in_rank: Array  # bool [T, R], for the handle: nobody else's memory
+    forward_mask: Array | None
+    forward_counts: Array | None
     dispatch_id: int
     num_dropped: int  # rows that did not fit into num_worst_tokens on this rank
+    num_sent: int | None = None  # rows that this rank sent; None: the host does not know
+    send_pos: Array | None = None  # CUDA only: int32 [T, R], see `DispatchHandle`
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CombineRequest:
     """A combine of the rows of a dispatch."""
 
@@ -95,10 +107,11 @@ class CombineRequest:
     topk_weights: Array | None  # float32 [num_rows, num_topk]
     biases: tuple[Array, ...]  # each [T, hidden], dtype of x
     config: Config
+    num_sms: int
     handle: DispatchHandle
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CombineOutcome:
     """Sums for this rank's tokens."""
 
@@ -106,7 +119,7 @@ class CombineOutcome:
     combined_topk_weights: Array | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LowLatencyDispatchRequest:
     """A low-latency dispatch of at most `num_max_dispatch_tokens_per_rank` bfloat16 rows."""
 
@@ -121,7 +134,7 @@ class LowLatencyDispatchRequest:
     wait_stats: NDArray[np.int64] | None  # [R], nanoseconds added in place
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LowLatencyDispatchOutcome:
     """Arrays that are filled when the receive half has run; see `epcomm.handle.LowLatencyHandle`."""
 
@@ -133,7 +146,7 @@ class LowLatencyDispatchOutcome:
     recv_counts: NDArray[np.int32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LowLatencyCombineRequest:
     """A weighted sum of the rows that the experts made of a low-latency dispatch."""
 
@@ -146,28 +159,73 @@ class LowLatencyCombineRequest:
     zero_copy: bool  # x is what low_latency_combine_buffer returned
 
 
+class Turn(Protocol):
+    """One call: where its arrays must lie, in which stream it runs, how its results go out. Local."""
+
+    @property
+    def stream(self) -> int | None:
+        """The CUDA stream of the call, None on the host backend."""
+
+    @property
+    def ref(self) -> StreamRef | None:
+        """The same, with what keeps it alive."""
+
+    def check(self, view: ArrayView, name: str, **demands: Any) -> None:
+        """`epcomm.arrays.require` with these demands, on the device of this backend."""
+
+    def take(self, view: ArrayView) -> Array:
+        """An argument as the backend's requests hold it."""
+
+    def values(self, view: ArrayView) -> NDArray[Any] | None:
+        """The elements, where looking at them costs no wait; else None, and the backend checks them itself."""
+
+    def checked_values(self, view: ArrayView) -> NDArray[Any]:
+        """The elements, for ``EPCOMM_CHECK=1``; may block until they are there."""
+
+    def export(self, array: Array, framework: str) -> Any:
+        """A result as an array of the caller's framework."""
+
+    def finish(self, inputs: object) -> EventOverlap:
+        """End the call; `inputs` are kept as long as it reads them."""
+
+
 class Backend(Protocol):
     """One rank's half of every operation. All methods but those marked *local* are collective."""
 
-    def dispatch_layout(self, topk_idx: Array, num_experts: int) -> LayoutOutcome:
+    name: str
+
+    def turn(self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool) -> Turn:
+        """*Local.* Begin a call. `framework` is that of its input, None if that is no array."""
+
+    def num_sms(self, wanted: int | None) -> int:
+        """*Local.* SMs of an operation, None: the backend's own default.
+
+        Raises:
+            CapacityError: that many of all ranks do not fit their GPU.
+        """
+
+    def dispatch_layout(self, turn: Any, topk_idx: Array, num_experts: int) -> LayoutOutcome:
         """*Local.* Destinations of ``topk_idx`` ``[T, num_topk]``."""
 
-    def dispatch(self, request: DispatchRequest) -> DispatchOutcome: ...
+    def dispatch(self, turn: Any, request: DispatchRequest) -> DispatchOutcome: ...
 
-    def combine(self, request: CombineRequest) -> CombineOutcome: ...
+    def combine(self, turn: Any, request: CombineRequest) -> CombineOutcome: ...
 
     def low_latency_dispatch(
-        self, request: LowLatencyDispatchRequest
+        self, turn: Any, request: LowLatencyDispatchRequest
     ) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
         """The send half; the second result runs the receive half."""
 
-    def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
+    def low_latency_combine(self, turn: Any, request: LowLatencyCombineRequest) -> Callable[[], None]:
         """The send half; the result runs the receive half, which fills ``request.out``."""
 
-    def reject(self, operation: Rejectable, error: Exception) -> None:
+    def reject(self, turn: Any, operation: Rejectable, error: Exception) -> None:
         """Take part in `operation` only to tell the peers that this rank's input is bad. Returns normally."""
 
-    def combine_buffer(self, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> Array:
+    def barrier(self, turn: Any) -> None:
+        """All ranks reach this point: of their streams on CUDA, of their programs on the host backend."""
+
+    def combine_buffer(self, turn: Any, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> Array:
         """*Local.* Memory from which the next combine needs no copy, ``[num_rows, hidden]``."""
 
     def low_latency_combine_buffer(self, shape: tuple[int, int, int]) -> Array:
@@ -182,6 +240,22 @@ class Backend(Protocol):
     def unmask(self, ranks: list[int]) -> None:
         """Bring ranks back; all ranks, those included, agree on where to go on."""
 
+    def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
+        """*Local.* A part of this rank's arena; None on a backend without one."""
+
+    def record_stream(self, x: ArrayView, stream: Any) -> None:
+        """*Local.* `stream` uses the memory of `x`."""
+
+    def news(self) -> EpcommError | None:
+        """*Local.* What the device has recorded since the last look; a failure stays."""
+
+    @property
+    def failed(self) -> bool:
+        """*Local.* Whether the device has recorded a failure that broke the Buffer."""
+
+    def comm_stream(self) -> int | None:
+        """*Local.* Raw handle of the communication stream, None on the host backend."""
+
     def stats(self) -> dict[str, int]:
         """*Local.* Counters since construction."""
 
@@ -193,3 +267,6 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """*Local.* Release what can be released now. Never waits."""
+
+    def drop(self) -> None:
+        """*Local.* The Buffer was not closed and is gone: no wait, no lock, no call of a driver."""

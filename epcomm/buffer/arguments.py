@@ -1,4 +1,7 @@
-"""Checks that the arguments of all operations share. Local; nothing is sent."""
+"""Checks that the arguments of all operations share. Local; nothing is sent.
+
+The `Turn` of a call says on which device arrays must lie, and what the backend's requests hold of them.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,18 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, import_array, require
+from epcomm.arrays import ArrayView, import_array
+from epcomm.backends import Array, Turn
 from epcomm.errors import DtypeError, ImmutableArray, RoutingError, ShapeError
 from epcomm.numerics import COMBINE_DTYPES
 
 __all__ = [
+    "BOOL",
     "FLOAT32",
     "INT32",
+    "MAX_TOPK",
     "array_argument",
+    "bias_argument",
     "check_num_experts",
     "combine_dtype",
     "numpy_dtype",
@@ -26,17 +33,18 @@ __all__ = [
     "writable_framework",
 ]
 
+BOOL = np.dtype(np.bool_)
 FLOAT32 = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
 
-_MAX_TOPK = 32
+MAX_TOPK = 32
 _ROW_UNIT = 16  # bytes; rows move in units of this
 _INDEX_DTYPES = (INT32, np.dtype(np.int64))
 
 
-def rows_argument(x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], ndim: int = 2) -> ArrayView:
-    view = import_array(x, name)
-    require(view, name, dtypes=dtypes, ndim=ndim, aligned=bool(np.prod(view.shape)))
+def rows_argument(turn: Turn, x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], ndim: int = 2) -> ArrayView:
+    view = import_array(x, name, stream=turn.stream)
+    turn.check(view, name, dtypes=dtypes, ndim=ndim, aligned=True)
     row_bytes = view.shape[-1] * view.dtype.itemsize
     if row_bytes == 0 or row_bytes % _ROW_UNIT:
         raise ShapeError(
@@ -48,16 +56,24 @@ def rows_argument(x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], ndim: in
     return view
 
 
-def array_argument(x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int | None, ...]) -> NDArray[Any]:
-    view = import_array(x, name)
-    require(view, name, dtypes=dtypes, shape=shape)
-    return view.numpy()
+def array_argument(
+    turn: Turn, x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int | None, ...]
+) -> ArrayView:
+    view = import_array(x, name, stream=turn.stream)
+    turn.check(view, name, dtypes=dtypes, shape=shape)
+    return view
 
 
-def writable_argument(x: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    view = import_array(x, name, writable=True)
-    require(view, name, dtypes=(dtype,), shape=shape)
-    return view.numpy()
+def bias_argument(turn: Turn, bias: Any, dtype: np.dtype[Any], shape: tuple[int, int]) -> ArrayView:
+    view = import_array(bias, "bias", stream=turn.stream)
+    turn.check(view, "bias", dtypes=(dtype,), shape=shape, aligned=turn.stream is not None)
+    return view
+
+
+def writable_argument(turn: Turn, x: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    view = import_array(x, name, writable=True, stream=turn.stream)
+    turn.check(view, name, dtypes=(dtype,), shape=shape)
+    return turn.take(view)
 
 
 def positive_argument(value: Any, name: str) -> int:
@@ -77,18 +93,18 @@ def check_num_experts(num_experts: int, num_ranks: int) -> None:
         )
 
 
-def topk_indices(topk_idx: Any, num_tokens: int | None, num_experts: int, check: bool) -> ArrayView:
+def topk_indices(turn: Turn, topk_idx: Any, num_tokens: int | None, num_experts: int, check: bool) -> ArrayView:
     """Expert indices ``[T, num_topk]``; with `check`, also every value.
 
     Raises:
         RoutingError: with `check`: an index outside ``[-1, num_experts)``, or an expert twice in a row.
     """
-    view = import_array(topk_idx, "topk_idx")
-    require(view, "topk_idx", dtypes=_INDEX_DTYPES, shape=(num_tokens, None))
-    if not 1 <= view.shape[1] <= _MAX_TOPK:
-        raise ShapeError("topk_idx", got=f"num_topk {view.shape[1]}", wanted=f"1 to {_MAX_TOPK} choices a token")
+    view = import_array(topk_idx, "topk_idx", stream=turn.stream)
+    turn.check(view, "topk_idx", dtypes=_INDEX_DTYPES, shape=(num_tokens, None))
+    if not 1 <= view.shape[1] <= MAX_TOPK:
+        raise ShapeError("topk_idx", got=f"num_topk {view.shape[1]}", wanted=f"1 to {MAX_TOPK} choices a token")
     if check:
-        _check_indices(view.numpy(), num_experts)
+        _check_indices(turn.checked_values(view), num_experts)
     return view
 
 

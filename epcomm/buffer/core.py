@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm import env
-from epcomm.arrays import empty, export_array, import_array
-from epcomm.backends import Backend, Rejectable
+from epcomm.arrays import empty, export_any, export_array, framework_or_none, import_array
+from epcomm.backends import Backend, Rejectable, Turn
 from epcomm.backends.host import HostBackend
 from epcomm.bootstrap import Communicator, Topology, as_communicator, discover, install_abort_hook
 from epcomm.buffer.arguments import numpy_dtype
@@ -39,7 +40,7 @@ from epcomm.errors import (
 )
 from epcomm.event import EventOverlap
 
-__all__ = ["BufferCore"]
+__all__ = ["BufferCore", "choose_backend"]
 
 _Request = TypeVar("_Request")
 _ids = itertools.count()
@@ -76,11 +77,7 @@ def _check_settings(num_nvl_bytes: int, num_rdma_bytes: int, backend: str, ranks
             raise ShapeError(name, got=repr(value), wanted="a number of bytes, 0 or more")
     if ranks_per_node is not None and not isinstance(ranks_per_node, int | np.integer):
         raise ShapeError("ranks_per_node", got=repr(ranks_per_node), wanted="a number of ranks, or None")
-    if backend == "cuda":
-        raise UnsupportedOption(
-            "backend='cuda'", got="a release with the host backend only", do="pass backend='host' or 'auto'"
-        )
-    if backend not in ("auto", "host"):
+    if backend not in ("auto", "host", "cuda"):
         raise InputError("backend", got=repr(backend), wanted="'auto', 'host' or 'cuda'")
 
 
@@ -95,10 +92,37 @@ def _timeout(timeout_s: Any) -> float:
     return seconds
 
 
+def choose_backend(comm: Communicator, topology: Topology, wanted: str, low_latency_mode: bool) -> str:
+    """ "host" or "cuda", the same on all ranks. Collective.
+
+    Raises:
+        UnsupportedOption: "cuda" is wanted, and some rank cannot.
+    """
+    if wanted == "auto":
+        wanted = env.get("EPCOMM_BACKEND")
+    if wanted == "host":
+        return "host"
+    from epcomm.backends import cuda
+
+    problem = cuda.why_not()
+    if not problem and low_latency_mode:
+        problem = "low_latency_mode, which this release has on the host backend only"
+    if not problem and (topology.num_nodes > 1 or len(topology.same_host_ranks) != comm.size):
+        problem = f"ranks on {topology.num_nodes} nodes, where this release connects the GPUs of one"
+    problems = {rank: text for rank, text in enumerate(comm.allgather(problem)) if text}
+    if problems and wanted == "cuda":
+        listed = "; ".join(f"rank {rank}: {text}" for rank, text in problems.items())
+        raise UnsupportedOption(
+            "backend='cuda'", got=listed, do="pass backend='host'; `epcomm doctor` shows what works"
+        )
+    return "host" if problems else "cuda"
+
+
 class BufferCore:
     """The part of `epcomm.Buffer` that is not an operation."""
 
     num_sms: ClassVar[int] = 20
+    _num_sms_chosen: ClassVar[bool] = False  # by set_num_sms
 
     def __init__(
         self,
@@ -115,6 +139,7 @@ class BufferCore:
         backend: str = "auto",
         ranks_per_node: int | None = None,
         timeout_s: float | None = None,
+        device: int | None = None,
     ) -> None:
         self._destroyed = True  # until construction is complete
         self._comm = as_communicator(comm)
@@ -123,21 +148,36 @@ class BufferCore:
             _check_settings(num_nvl_bytes, num_rdma_bytes, backend, ranks_per_node)
             timeout_s = _timeout(timeout_s)
             self._check_routing = env.get("EPCOMM_CHECK")
+            if env.get("EPCOMM_BACKEND") not in ("auto", "host", "cuda"):
+                raise InputError(
+                    "EPCOMM_BACKEND",
+                    got=repr(env.get("EPCOMM_BACKEND")),
+                    wanted="auto, host or cuda",
+                    do="correct the environment variable",
+                )
         except EpcommError as error:
             problem = error
         settings = {
             "low_latency_mode": bool(low_latency_mode),
             "enable_shrink": bool(enable_shrink),
             "backend": backend,
+            "EPCOMM_BACKEND": env.lookup("EPCOMM_BACKEND"),
             "EPCOMM_HOST_TRANSPORT": env.get("EPCOMM_HOST_TRANSPORT"),
+            "num_nvl_bytes": num_nvl_bytes,
         }
         _agree(self._comm, settings, problem)
         assert timeout_s is not None
         self._topology = discover(self._comm, ranks_per_node)
-        self._backend: Backend = HostBackend(self._comm, self._topology, timeout_s, enable_shrink)
+        self.num_nvl_bytes, self.num_rdma_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
+        self._backend: Backend
+        if choose_backend(self._comm, self._topology, backend, bool(low_latency_mode)) == "cuda":
+            from epcomm.backends.cuda import CudaBackend
+
+            self._backend = CudaBackend(self._comm, self._topology, self.num_nvl_bytes, timeout_s, device)
+        else:
+            self._backend = HostBackend(self._comm, self._topology, timeout_s, enable_shrink)
         install_abort_hook(self._comm)
         self.id = next(_ids)
-        self.num_nvl_bytes, self.num_rdma_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
         self.low_latency_mode = bool(low_latency_mode)
         self._explicitly_destroy = bool(explicitly_destroy)
         self._local_buffers: dict[bool, NDArray[np.uint8]] = {}
@@ -167,8 +207,8 @@ class BufferCore:
 
     @property
     def backend(self) -> str:
-        """Name of the backend in use: "host"."""
-        return "host"
+        """Name of the backend in use: "host" or "cuda"."""
+        return self._backend.name
 
     @property
     def stats(self) -> dict[str, int]:
@@ -203,6 +243,10 @@ class BufferCore:
                     got=f"a Buffer that {type(self._broken).__name__} left out of step",
                     do="destroy it; make a new one on all ranks once the cause is removed",
                 ) from self._broken
+            if self._backend.failed:
+                failure = self._backend.news()
+                assert failure is not None
+                raise failure
             yield
         except BaseException as error:
             breaks = isinstance(error, PeerTimeout | BootstrapError | KeyboardInterrupt) or self._backend.interrupted()
@@ -213,33 +257,57 @@ class BufferCore:
         finally:
             self._entry.release()
 
-    def _prepared(self, operation: Rejectable, prepare: Callable[[], _Request]) -> _Request:
+    def _prepared(self, turn: Turn, operation: Rejectable, prepare: Callable[[], _Request]) -> _Request:
         """Run a check of this rank's input; when it fails, let the peers know before raising."""
         try:
             return prepare()
         except Exception as error:
-            self._backend.reject(operation, error)
+            self._backend.reject(turn, operation, error)
             raise
 
-    def _event(self, previous_event: Any) -> EventOverlap:
-        if previous_event is not None:
-            previous_event.current_stream_wait()
-        return EventOverlap()
+    def _turn(
+        self,
+        operation: Rejectable | None,
+        x: Any,
+        stream: Any = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+    ) -> Turn:
+        """Begin a call whose input is `x`, or the pair of rows and scales; `operation` if peers wait for this rank."""
+        framework = framework_or_none(x[0] if isinstance(x, tuple) and x else x)
+        try:
+            return self._backend.turn(framework, stream, previous_event, async_finish)
+        except Exception as error:
+            if operation is not None:
+                self._backend.reject(self._backend.turn(None, None, None, False), operation, error)
+            raise
+
+    def _num_sms(self, config: Any) -> int:
+        """SMs of an operation with this config; None for the default one."""
+        if isinstance(config, Config):
+            return self._backend.num_sms(config.num_sms)
+        return self._backend.num_sms(BufferCore.num_sms if BufferCore._num_sms_chosen else None)
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise the first error that operations have recorded since the last call, such as dropped rows.
 
-        Not collective. Does not wait for operations that are still running.
+        Not collective. Does not wait for operations that are still running: on a GPU synchronize first to hear of all
+        that were launched.
 
         Raises:
             CapacityError: rows were dropped.
+            PeerError, RankMismatch: a call that waits for no counts was rejected by a rank; it moved no rows.
+            PeerTimeout: ranks did not take part; the Buffer is broken.
         """
         with self._entered("check"):
             recorded, self._recorded = self._recorded, []
             if recorded:
                 raise recorded[0]
+            news = self._backend.news()
+            if news is not None:
+                raise news
 
     def _record_dropped(self, num_dropped: int, num_worst_tokens: int) -> None:
         self._recorded.append(
@@ -251,28 +319,59 @@ class BufferCore:
             )
         )
 
+    def barrier(self, *, stream: Any = None) -> None:
+        """Bring all ranks together. Collective.
+
+        On the host backend it returns when every rank has called. With CUDA it does not block the host: what is
+        launched later in `stream` runs when every rank has come to its barrier. Not needed for correctness of any
+        operation; for measurements, and before memory that peers use by other means.
+
+        Args:
+            stream: the stream that waits, as for `record_stream`; without one it is that of the Buffer
+                (`get_comm_stream`). No meaning on the host backend.
+
+        Raises:
+            PeerTimeout: a rank did not come; with CUDA the next call or `check` raises it.
+        """
+        with self._entered("barrier"):
+            turn = self._turn(None, stream)
+            self._backend.barrier(turn)
+            turn.finish(None)
+
     def record_stream(self, x: Any, stream: Any) -> None:
         """Say that `stream` uses a received array, so that its memory is not reused before that work is done.
 
-        Not collective, does not block. On the host backend arrays are never reused while a view of them lives,
-        so there is nothing to note beyond the check of `x`.
+        Not collective, does not block. Streams that are current when a result is handed out, and those that wait for
+        its event, are noted without this call. On the host backend there is nothing to note beyond the check of `x`.
+
+        Args:
+            x: an array that this Buffer returned.
+            stream: an int, an object with ``__cuda_stream__``, a torch or CuPy stream.
 
         Raises:
             DtypeError: `x` is no array.
+            InputError: `stream` is none.
         """
         with self._entered("record_stream"):
-            import_array(x, "x")
+            self._backend.record_stream(import_array(x, "x"), stream)
 
     def get_comm_stream(self) -> Any:
-        """The communication stream; None on the host backend, which has no streams."""
-        return None
+        """The communication stream, of torch if the program has imported it, else of CuPy; None on the host backend."""
+        handle = self._backend.comm_stream()
+        if handle is None:
+            return None
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            return torch.cuda.ExternalStream(handle)
+        return sys.modules["cupy"].cuda.ExternalStream(handle)
 
     def get_local_buffer_tensor(
         self, dtype: Any, size: Any = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Any:
         """A view of this rank's communication memory, as it is. Not collective, does not block.
 
-        On the host backend this is memory of the declared size that no operation uses.
+        With CUDA it is the arena, in which outputs of dispatch lie; nobody keeps operations from writing there. On the
+        host backend it is memory of the declared size that no operation uses.
 
         Args:
             dtype: element type, of torch (gives a torch tensor) or NumPy (gives a NumPy array).
@@ -287,7 +386,6 @@ class BufferCore:
             framework = "torch" if type(dtype).__module__ == "torch" else "numpy"
             element = numpy_dtype(dtype)
             num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-            region = self._local_buffers.setdefault(use_rdma_buffer, empty((num_bytes,), np.uint8, fill=0))
             shape = ((num_bytes - offset) // element.itemsize,) if size is None else tuple(np.atleast_1d(size).tolist())
             wanted = int(np.prod(shape, dtype=np.int64)) * element.itemsize
             if offset < 0 or offset % element.itemsize or wanted < 0 or offset + wanted > num_bytes:
@@ -297,6 +395,10 @@ class BufferCore:
                     wanted=f"whole elements inside a region of {num_bytes} bytes",
                     do="construct the Buffer with more bytes",
                 )
+            arena = None if use_rdma_buffer else self._backend.local_buffer(offset, shape, element)
+            if arena is not None:
+                return export_any(arena, "cupy" if framework == "numpy" else framework, None)
+            region = self._local_buffers.setdefault(use_rdma_buffer, empty((num_bytes,), np.uint8, fill=0))
             return export_array(region[offset : offset + wanted].view(element).reshape(shape), framework)
 
     # -- configuration ------------------------------------------------------------------------------------------
@@ -317,7 +419,7 @@ class BufferCore:
         """
         if not isinstance(new_num_sms, int) or new_num_sms < 1:
             raise ShapeError("new_num_sms", got=repr(new_num_sms), wanted="an integer of at least 1")
-        BufferCore.num_sms = new_num_sms
+        BufferCore.num_sms, BufferCore._num_sms_chosen = new_num_sms, True
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
@@ -338,8 +440,12 @@ class BufferCore:
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event of the work submitted so far to the current stream. Not collective, does not block."""
-        return EventOverlap()
+        """An event of the work submitted so far to the current stream. Not collective, does not block.
+
+        The stream is that of the framework whose array this thread has last passed to a Buffer.
+        """
+        cuda = sys.modules.get("epcomm.backends.cuda")
+        return EventOverlap() if cuda is None else cuda.capture_event()  # type: ignore[no-any-return]
 
     # -- end ----------------------------------------------------------------------------------------------------
 
@@ -361,6 +467,7 @@ class BufferCore:
         self.destroy()
 
     def __del__(self) -> None:
-        # Marking the Buffer as closed is a store to memory of this rank: safe in any thread and at any time.
-        if not getattr(self, "_destroyed", True) and not self._explicitly_destroy:
-            self.destroy()
+        # Nothing may wait, lock or call a driver here: this runs in any thread, at any time.
+        if not getattr(self, "_destroyed", True) and not self._explicitly_destroy and os.getpid() == self._pid:
+            self._destroyed = True
+            self._backend.drop()

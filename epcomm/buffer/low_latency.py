@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from epcomm.arrays import empty, export_array, framework_of
-from epcomm.backends import LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable
+from epcomm.backends import LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable, Turn
 from epcomm.buffer.arguments import writable_framework
 from epcomm.buffer.core import BufferCore
 from epcomm.buffer.low_latency_arguments import (
@@ -83,10 +83,12 @@ class LowLatencyOperations(BufferCore):
             InputError, PeerError, RankMismatch, PeerTimeout: as in ``Buffer.dispatch``.
         """
         with self._entered("low_latency_dispatch"):
+            turn = self._low_latency_turn("low_latency_dispatch", x)
 
             def prepare() -> LowLatencyDispatchRequest:
                 self._check_low_latency(async_finish, return_recv_hook)
                 return low_latency_dispatch_request(
+                    turn,
                     x,
                     topk_idx,
                     num_max_dispatch_tokens_per_rank,
@@ -101,8 +103,8 @@ class LowLatencyOperations(BufferCore):
                     check=self._check_routing,
                 )
 
-            request = self._prepared(Rejectable.LOW_LATENCY_DISPATCH, prepare)
-            outcome, receive = self._backend.low_latency_dispatch(request)
+            request = self._prepared(turn, Rejectable.LOW_LATENCY_DISPATCH, prepare)
+            outcome, receive = self._backend.low_latency_dispatch(turn, request)
             self._counters["low_latency_dispatch_calls"] += 1
             framework = framework_of(x)
             register_pytrees()
@@ -167,6 +169,7 @@ class LowLatencyOperations(BufferCore):
         """
         with self._entered("low_latency_combine"):
             own_out = out is None
+            turn = self._low_latency_turn("low_latency_combine", x)
 
             def prepare() -> LowLatencyCombineRequest:
                 self._check_low_latency(async_finish, return_recv_hook)
@@ -174,8 +177,9 @@ class LowLatencyOperations(BufferCore):
                     raise UnsupportedOption(
                         "use_logfmt", got="True", wanted="False", do="this release combines in bfloat16 only"
                     )
-                checked = low_latency_handle(handle, self.id)
+                checked = low_latency_handle(handle, self.id, turn)
                 return low_latency_combine_request(
+                    turn,
                     x,
                     topk_idx,
                     topk_weights,
@@ -186,8 +190,8 @@ class LowLatencyOperations(BufferCore):
                     check=self._check_routing,
                 )
 
-            request = self._prepared(Rejectable.LOW_LATENCY_COMBINE, prepare)
-            receive = self._backend.low_latency_combine(request)
+            request = self._prepared(turn, Rejectable.LOW_LATENCY_COMBINE, prepare)
+            receive = self._backend.low_latency_combine(turn, request)
             self._combine_buffer = None
             self._counters["low_latency_combine_calls"] += 1
             hook = self._hook("low_latency_combine", receive, return_recv_hook)
@@ -207,7 +211,8 @@ class LowLatencyOperations(BufferCore):
             RingFull: two combines still wait for their hook.
         """
         with self._entered("get_next_low_latency_combine_buffer"):
-            checked = low_latency_handle(handle, self.id)
+            turn = self._low_latency_turn("get_next_low_latency_combine_buffer", None)
+            checked = low_latency_handle(handle, self.id, turn)
             writable_framework(
                 checked.framework, "get_next_low_latency_combine_buffer", "call low_latency_combine without zero_copy"
             )
@@ -251,7 +256,8 @@ class LowLatencyOperations(BufferCore):
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
         """Write 1 for every masked rank and 0 for the others into `mask_status`, int32 ``[R]``. Not collective."""
         with self._entered("low_latency_query_mask_buffer"):
-            writable_masks(mask_status, self.group_size)[...] = self._backend.masks()
+            turn = self._low_latency_turn("low_latency_query_mask_buffer", mask_status)
+            writable_masks(turn, mask_status, self.group_size)[...] = self._backend.masks()
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Bring all masked ranks back. Collective over all ranks; waits for them.
@@ -261,6 +267,16 @@ class LowLatencyOperations(BufferCore):
         """
         with self._entered("low_latency_clean_mask_buffer"):
             self._backend.unmask(list(range(self.group_size)))
+
+    def _low_latency_turn(self, operation: str, x: Any) -> Turn:
+        if self._backend.name == "cuda":
+            raise UnsupportedOption(
+                operation,
+                got="backend='cuda'",
+                wanted="the host backend, which alone has low-latency operations in this release",
+                do="use dispatch and combine on the GPU, or backend='host'",
+            )
+        return self._turn(None, x)
 
     def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
         if not self.low_latency_mode:

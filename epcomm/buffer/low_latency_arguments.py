@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import require
-from epcomm.backends import LowLatencyCombineRequest, LowLatencyDispatchRequest
+from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Turn
 from epcomm.buffer.arguments import (
     FLOAT32,
     INT32,
@@ -27,6 +26,7 @@ __all__ = ["low_latency_combine_request", "low_latency_dispatch_request", "low_l
 
 
 def low_latency_dispatch_request(
+    turn: Turn,
     x: Any,
     topk_idx: Any,
     num_max_dispatch_tokens_per_rank: int,
@@ -44,15 +44,14 @@ def low_latency_dispatch_request(
     """The request of ``Buffer.low_latency_dispatch``."""
     check_num_experts(num_experts, num_ranks)
     positive_argument(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank")
-    view = rows_argument(x, "x", (BFLOAT16,))
+    view = rows_argument(turn, x, "x", (BFLOAT16,))
     if use_fp8 and return_recv_hook and view.framework == "jax":
         raise ImmutableArray(
             "return_recv_hook",
             got="JAX and fp8, whose scales JAX would copy before they are received",
             do="pass use_fp8=False, or call without return_recv_hook",
         )
-    rows = view.numpy()
-    num_tokens, hidden = rows.shape
+    num_tokens, hidden = view.shape
     if num_tokens > num_max_dispatch_tokens_per_rank:
         raise CapacityError(
             "x",
@@ -67,8 +66,8 @@ def low_latency_dispatch_request(
         raise InputError("use_ue8m0", got="round_scale=False", wanted="power-of-two scales", do="pass round_scale=True")
     num_local = num_experts // num_ranks
     return LowLatencyDispatchRequest(
-        x=rows,
-        topk_idx=topk_indices(topk_idx, num_tokens, num_experts, check).numpy(),
+        x=turn.take(view),
+        topk_idx=turn.take(topk_indices(turn, topk_idx, num_tokens, num_experts, check)),
         num_max_dispatch_tokens_per_rank=int(num_max_dispatch_tokens_per_rank),
         num_experts=int(num_experts),
         use_fp8=bool(use_fp8),
@@ -76,12 +75,12 @@ def low_latency_dispatch_request(
         use_ue8m0=bool(use_fp8 and use_ue8m0),
         expert_stats=None
         if expert_stats is None
-        else writable_argument(expert_stats, "cumulative_local_expert_recv_stats", INT32, (num_local,)),
-        wait_stats=_wait_stats(wait_stats, "dispatch_wait_recv_cost_stats", num_ranks),
+        else writable_argument(turn, expert_stats, "cumulative_local_expert_recv_stats", INT32, (num_local,)),
+        wait_stats=_wait_stats(turn, wait_stats, "dispatch_wait_recv_cost_stats", num_ranks),
     )
 
 
-def low_latency_handle(handle: Any, buffer_id: int) -> LowLatencyHandle:
+def low_latency_handle(handle: Any, buffer_id: int, turn: Turn) -> LowLatencyHandle:
     """Raise HandleError unless `handle` came from this Buffer's low_latency_dispatch."""
     if not isinstance(handle, LowLatencyHandle):
         raise HandleError(
@@ -89,10 +88,11 @@ def low_latency_handle(handle: Any, buffer_id: int) -> LowLatencyHandle:
         )
     if handle.buffer_id != buffer_id:
         raise HandleError("handle", got="the handle of another Buffer", wanted="one of this Buffer")
-    return handle.with_numpy_leaves()
+    return handle.with_own_leaves(turn.stream)
 
 
 def low_latency_combine_request(
+    turn: Turn,
     x: Any,
     topk_idx: Any,
     topk_weights: Any,
@@ -111,24 +111,24 @@ def low_latency_combine_request(
         out: where the sums go.
     """
     num_local, max_rows = handle.src_info.shape
-    view = rows_argument(x, "x", (BFLOAT16,), ndim=3)
-    require(view, "x", shape=(num_local, max_rows, handle.hidden))
-    indices = topk_indices(topk_idx, handle.num_tokens, handle.num_experts, check).numpy()
+    view = rows_argument(turn, x, "x", (BFLOAT16,), ndim=3)
+    turn.check(view, "x", shape=(num_local, max_rows, handle.hidden))
+    indices = topk_indices(turn, topk_idx, handle.num_tokens, handle.num_experts, check)
     return LowLatencyCombineRequest(
-        x=view.numpy() if in_place is None else in_place,
-        topk_idx=indices,
-        topk_weights=array_argument(topk_weights, "topk_weights", (FLOAT32,), indices.shape),
+        x=turn.take(view) if in_place is None else in_place,
+        topk_idx=turn.take(indices),
+        topk_weights=turn.take(array_argument(turn, topk_weights, "topk_weights", (FLOAT32,), indices.shape)),
         handle=handle,
-        out=writable_argument(out, "out", BFLOAT16, (handle.num_tokens, handle.hidden)),
-        wait_stats=_wait_stats(wait_stats, "combine_wait_recv_cost_stats", handle.recv_counts.shape[1]),
+        out=writable_argument(turn, out, "out", BFLOAT16, (handle.num_tokens, handle.hidden)),
+        wait_stats=_wait_stats(turn, wait_stats, "combine_wait_recv_cost_stats", handle.recv_counts.shape[1]),
         zero_copy=in_place is not None,
     )
 
 
-def writable_masks(mask_status: Any, num_ranks: int) -> NDArray[Any]:
+def writable_masks(turn: Turn, mask_status: Any, num_ranks: int) -> Array:
     """The memory of the user's int32 ``[num_ranks]``."""
-    return writable_argument(mask_status, "mask_status", INT32, (num_ranks,))
+    return writable_argument(turn, mask_status, "mask_status", INT32, (num_ranks,))
 
 
-def _wait_stats(stats: Any, name: str, num_ranks: int) -> NDArray[np.int64] | None:
-    return None if stats is None else writable_argument(stats, name, np.dtype(np.int64), (num_ranks,))
+def _wait_stats(turn: Turn, stats: Any, name: str, num_ranks: int) -> Array | None:
+    return None if stats is None else writable_argument(turn, stats, name, np.dtype(np.int64), (num_ranks,))

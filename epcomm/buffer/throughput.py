@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy.typing import NDArray
-
-from epcomm.arrays import export_array, framework_of
-from epcomm.backends import DispatchRequest, Rejectable
+from epcomm.arrays import framework_of
+from epcomm.backends import DispatchRequest, Rejectable, Turn
 from epcomm.backends.protocol import DispatchOutcome
 from epcomm.buffer.arguments import check_num_experts, combine_dtype, topk_indices, writable_framework
 from epcomm.buffer.core import BufferCore
@@ -17,10 +15,6 @@ from epcomm.event import EventOverlap
 from epcomm.handle import CombineResult, DispatchHandle, DispatchResult, LayoutResult, register_pytrees
 
 __all__ = ["ThroughputOperations"]
-
-
-def _export(array: NDArray[Any] | None, framework: str) -> Any:
-    return None if array is None else export_array(array, framework)
 
 
 class ThroughputOperations(BufferCore):
@@ -36,6 +30,8 @@ class ThroughputOperations(BufferCore):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        stream: Any = None,
     ) -> LayoutResult:
         """Count how many of this rank's tokens go to each rank, node and expert.
 
@@ -58,16 +54,18 @@ class ThroughputOperations(BufferCore):
             RoutingError: with ``EPCOMM_CHECK=1``, an index out of range or repeated in a row.
         """
         with self._entered("get_dispatch_layout"):
-            event = self._event(previous_event)
+            turn = self._turn(None, topk_idx, stream, previous_event, async_finish)
             check_num_experts(num_experts, self.group_size)
-            view = topk_indices(topk_idx, None, num_experts, self._check_routing)
-            out = self._backend.dispatch_layout(view.numpy(), num_experts)
+            view = topk_indices(turn, topk_idx, None, num_experts, self._check_routing)
+            out = self._backend.dispatch_layout(turn, turn.take(view), num_experts)
             self._counters["get_dispatch_layout_calls"] += 1
+            event = turn.finish(view)
+            per_node = out.num_tokens_per_rdma_rank
             return LayoutResult(
-                export_array(out.num_tokens_per_rank, view.framework),
-                _export(out.num_tokens_per_rdma_rank, view.framework),
-                export_array(out.num_tokens_per_expert, view.framework),
-                export_array(out.is_token_in_rank, view.framework),
+                turn.export(out.num_tokens_per_rank, view.framework),
+                None if per_node is None else turn.export(per_node, view.framework),
+                turn.export(out.num_tokens_per_expert, view.framework),
+                turn.export(out.is_token_in_rank, view.framework),
                 event,
             )
 
@@ -87,6 +85,8 @@ class ThroughputOperations(BufferCore):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        stream: Any = None,
     ) -> DispatchResult:
         """Send every token once to each rank that owns one of its experts.
 
@@ -125,11 +125,13 @@ class ThroughputOperations(BufferCore):
             PeerTimeout: a rank did not take part; the Buffer is then broken.
         """
         with self._entered("dispatch"):
-            event = self._event(previous_event)
             operation = Rejectable.DISPATCH if handle is None else Rejectable.CACHED_DISPATCH
+            turn = self._turn(operation, x, stream, previous_event, async_finish)
             request = self._prepared(
+                turn,
                 operation,
                 lambda: dispatch_request(
+                    turn,
                     x,
                     handle,
                     num_tokens_per_rank,
@@ -145,25 +147,27 @@ class ThroughputOperations(BufferCore):
                     num_ranks=self.group_size,
                     num_nodes=self._topology.num_nodes,
                     default=self.get_dispatch_config(self.group_size),
+                    num_sms=self._num_sms,
                     check=self._check_routing,
                 ),
             )
-            outcome = self._backend.dispatch(request)
-            framework = framework_of(x[0] if isinstance(x, tuple) else x)
-            return self._dispatch_result(request, outcome, framework, event)
+            outcome = self._backend.dispatch(turn, request)
+            event = turn.finish(request)
+            return self._dispatch_result(
+                turn, request, outcome, framework_of(x[0] if isinstance(x, tuple) else x), event
+            )
 
     def _dispatch_result(
-        self, request: DispatchRequest, outcome: DispatchOutcome, framework: str, event: EventOverlap
+        self, turn: Turn, request: DispatchRequest, outcome: DispatchOutcome, framework: str, event: EventOverlap
     ) -> DispatchResult:
         register_pytrees()
         self._counters["dispatch_calls"] += 1
-        self._counters["rows_sent"] += int(request.is_token_in_rank.sum())
-        self._counters["rows_received"] += len(outcome.recv_src_idx)
+        self._counters["rows_sent"] += outcome.num_sent or 0
+        self._counters["rows_received"] += outcome.recv_src_idx.shape[0]
         if outcome.num_dropped:
             self._record_dropped(outcome.num_dropped, request.num_worst_tokens)
         handle = request.handle or DispatchHandle(
-            # The user may reuse the memory of the mask before this handle is used.
-            is_token_in_rank=request.is_token_in_rank.copy(),
+            is_token_in_rank=outcome.is_token_in_rank,
             rank_prefix_matrix=outcome.rank_prefix_matrix,
             recv_src_idx=outcome.recv_src_idx,
             forward_mask=outcome.forward_mask,
@@ -171,22 +175,25 @@ class ThroughputOperations(BufferCore):
             buffer_id=self.id,
             dispatch_id=outcome.dispatch_id,
             rank=self.rank,
-            num_tokens=len(request.x),
-            num_rows=len(outcome.recv_x),
+            num_tokens=request.x.shape[0],
+            num_rows=outcome.recv_x.shape[0],
             num_topk=0 if request.topk_idx is None else request.topk_idx.shape[1],
             hidden=request.x.shape[1],
             num_experts=request.num_experts,
             ranks_per_node=self._topology.ranks_per_node,
             num_worst_tokens=request.num_worst_tokens,
             framework=framework,
+            send_pos=outcome.send_pos,
+            stream=turn.ref,
         )
-        recv_x = export_array(outcome.recv_x, framework)
+        recv_x = turn.export(outcome.recv_x, framework)
         if outcome.recv_scales is not None:
-            recv_x = (recv_x, export_array(outcome.recv_scales, framework))
+            recv_x = (recv_x, turn.export(outcome.recv_scales, framework))
+        topk_idx, topk_weights = outcome.recv_topk_idx, outcome.recv_topk_weights
         return DispatchResult(
             recv_x,
-            _export(outcome.recv_topk_idx, framework),
-            _export(outcome.recv_topk_weights, framework),
+            None if topk_idx is None else turn.export(topk_idx, framework),
+            None if topk_weights is None else turn.export(topk_weights, framework),
             outcome.num_recv_tokens_per_expert,
             handle,
             event,
@@ -202,6 +209,8 @@ class ThroughputOperations(BufferCore):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        stream: Any = None,
     ) -> CombineResult:
         """Bring the rows of a dispatch back to their tokens and sum them, unweighted.
 
@@ -226,10 +235,12 @@ class ThroughputOperations(BufferCore):
             InputError, PeerError, RankMismatch, PeerTimeout: as in `dispatch`.
         """
         with self._entered("combine"):
-            event = self._event(previous_event)
+            turn = self._turn(Rejectable.COMBINE, x, stream, previous_event, async_finish)
             request = self._prepared(
+                turn,
                 Rejectable.COMBINE,
                 lambda: combine_request(
+                    turn,
                     x,
                     handle,
                     topk_weights,
@@ -237,13 +248,17 @@ class ThroughputOperations(BufferCore):
                     config,
                     buffer_id=self.id,
                     default=self.get_combine_config(self.group_size),
+                    num_sms=self._num_sms,
                 ),
             )
-            outcome = self._backend.combine(request)
-            framework = framework_of(x)
+            outcome = self._backend.combine(turn, request)
             self._counters["combine_calls"] += 1
+            event = turn.finish(request)
+            framework, weights = framework_of(x), outcome.combined_topk_weights
             return CombineResult(
-                export_array(outcome.combined_x, framework), _export(outcome.combined_topk_weights, framework), event
+                turn.export(outcome.combined_x, framework),
+                None if weights is None else turn.export(weights, framework),
+                event,
             )
 
     def internode_dispatch(self, *args: Any, **kwargs: Any) -> DispatchResult:
@@ -271,7 +286,11 @@ class ThroughputOperations(BufferCore):
             HandleError: the handle of another Buffer.
         """
         with self._entered("get_combine_buffer"):
-            handle = dispatch_handle(handle, self.id)
+            turn = self._backend.turn(
+                handle.framework if isinstance(handle, DispatchHandle) else None, None, None, False
+            )
+            handle = dispatch_handle(handle, self.id, turn)
             writable_framework(handle.framework, "get_combine_buffer", "pass an ordinary array to combine")
-            rows = self._backend.combine_buffer(handle.num_rows, handle.hidden, combine_dtype(dtype))
-            return export_array(rows, handle.framework)
+            rows = self._backend.combine_buffer(turn, handle.num_rows, handle.hidden, combine_dtype(dtype))
+            turn.finish(None)
+            return turn.export(rows, handle.framework)

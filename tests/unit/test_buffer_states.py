@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -31,7 +32,6 @@ from epcomm.errors import (
 
 WRONG_SETTINGS = {
     "unknown_backend": ({"backend": "tpu"}, InputError, "^backend: got 'tpu'; wanted 'auto', 'host' or 'cuda'"),
-    "cuda_backend": ({"backend": "cuda"}, UnsupportedOption, "^backend='cuda': got .*pass backend='host' or 'auto'"),
     "negative_nvl_bytes": ({"num_nvl_bytes": -1}, ShapeError, "^num_nvl_bytes: got -1; wanted a number of bytes"),
     "rdma_bytes_of_wrong_type": (
         {"num_rdma_bytes": 1.5},
@@ -51,6 +51,7 @@ WRONG_VARIABLES = {
     "EPCOMM_CHECK": ("perhaps", "^EPCOMM_CHECK: got 'perhaps'; wanted 0 or 1; correct the environment variable"),
     "EPCOMM_ABORT": ("2", "^EPCOMM_ABORT: got '2'; wanted 0 or 1"),
     "EPCOMM_RANKS_PER_NODE": ("two", "^EPCOMM_RANKS_PER_NODE: got 'two'; wanted a value of type int"),
+    "EPCOMM_BACKEND": ("tpu", "^EPCOMM_BACKEND: got 'tpu'; wanted auto, host or cuda; correct the environment variable"),
     "EPCOMM_HOST_TRANSPORT": ("pigeons", "^EPCOMM_HOST_TRANSPORT: got 'pigeons'; wanted auto, segments or messages"),
 }
 VARIABLES = [pytest.param(name, *value, id=name) for name, value in WRONG_VARIABLES.items()]
@@ -89,6 +90,27 @@ def test_ranks_that_disagree_about_settings(name, values):
         caught = error_of(lambda: construct(comm, **{name: values[odd]}))
         assert_mismatch(comm, caught, (name,), odd=1)
         assert caught.table[name] == [values[0], values[1], values[0]]
+
+    run_local(3, program)
+
+
+@pytest.mark.parametrize("need", ["gpu", "low_latency", "one_node"])
+def test_what_one_rank_lacks_for_cuda(need, monkeypatch):
+    """"cuda" raises on all ranks, "auto" takes the host backend on all of them."""
+    monkeypatch.delenv("EPCOMM_BACKEND", raising=False)
+    missing = {}
+    monkeypatch.setattr("epcomm.backends.cuda.why_not", lambda: missing[threading.get_ident()])
+    settings = {"low_latency": {"low_latency_mode": True}, "one_node": {"ranks_per_node": 1}}.get(need, {})
+    reason = {"gpu": "rank 1: no GPU", "low_latency": "rank 0: low_latency_mode", "one_node": "rank 0: ranks on 3 n"}
+
+    def program(comm):
+        missing[threading.get_ident()] = "no GPU" if need == "gpu" and comm.rank == 1 else ""
+        caught = error_of(lambda: construct(comm, backend="cuda", **settings))
+        assert_explains(caught, UnsupportedOption, f"^backend='cuda': got {reason[need]}.*; pass backend='host'")
+        assert comm.allgather(str(caught)) == [str(caught)] * comm.size
+        with Buffer(comm, timeout_s=TIMEOUT_S, **settings) as buffer:
+            assert buffer.backend == "host"
+            moe.assert_works(buffer)
 
     run_local(3, program)
 

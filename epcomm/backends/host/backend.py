@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm import env
-from epcomm.arrays import empty
+from epcomm.arrays import ArrayView, empty
 from epcomm.backends.host import internode, low_latency, throughput
 from epcomm.backends.host.control import Control
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.fields import Field, to_all
 from epcomm.backends.host.header import Operation
 from epcomm.backends.host.routing import dispatch_layout
+from epcomm.backends.host.turn import HostTurn
 from epcomm.backends.protocol import (
     CombineOutcome,
     CombineRequest,
@@ -29,6 +30,7 @@ from epcomm.backends.protocol import (
 )
 from epcomm.bootstrap import Communicator, LocalCommunicator, Topology
 from epcomm.errors import InputError, UnsupportedOption
+from epcomm.event import EventOverlap
 from epcomm.layout import ControlLayout, Ring
 from epcomm.memory import FileSegments, LocalSegments, SegmentStore
 from epcomm.numerics import BFLOAT16
@@ -99,6 +101,9 @@ class HostBackend:
         UnsupportedOption: `mask_on_timeout` where ranks share no memory, or EPCOMM_HOST_TRANSPORT=segments there.
     """
 
+    name = "host"
+    failed = False
+
     def __init__(self, comm: Communicator, topology: Topology, timeout_s: float, mask_on_timeout: bool) -> None:
         store = _choose_store(comm)
         control = _share_control(comm, topology, store, timeout_s) if store is not None else None
@@ -118,36 +123,47 @@ class HostBackend:
                     do="set it to auto, or make room in EPCOMM_SHM_DIR",
                 )
         self._nodes = internode.Nodes(comm.rank, comm.size, topology.ranks_per_node)
+        self._turn = HostTurn()
 
-    def dispatch_layout(self, topk_idx: Array, num_experts: int) -> LayoutOutcome:
+    def turn(
+        self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool
+    ) -> HostTurn:
+        if previous_event is not None:
+            previous_event.current_stream_wait()
+        return self._turn
+
+    def num_sms(self, wanted: int | None) -> int:
+        return wanted or 1  # there are none
+
+    def dispatch_layout(self, turn: HostTurn, topk_idx: Array, num_experts: int) -> LayoutOutcome:
         return dispatch_layout(topk_idx, num_experts, self._nodes.num_ranks, self._nodes.ranks_per_node)
 
-    def dispatch(self, request: DispatchRequest) -> DispatchOutcome:
+    def dispatch(self, turn: HostTurn, request: DispatchRequest) -> DispatchOutcome:
         if self._nodes.num_nodes > 1:
             return internode.dispatch(self._exchange, self._nodes, request)
         return throughput.dispatch(self._exchange, request)
 
-    def combine(self, request: CombineRequest) -> CombineOutcome:
+    def combine(self, turn: HostTurn, request: CombineRequest) -> CombineOutcome:
         if self._nodes.num_nodes > 1:
             return internode.combine(self._exchange, self._nodes, request)
         return throughput.combine(self._exchange, request)
 
     def low_latency_dispatch(
-        self, request: LowLatencyDispatchRequest
+        self, turn: HostTurn, request: LowLatencyDispatchRequest
     ) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
         return low_latency.dispatch(self._exchange, request)
 
-    def low_latency_combine(self, request: LowLatencyCombineRequest) -> Callable[[], None]:
+    def low_latency_combine(self, turn: HostTurn, request: LowLatencyCombineRequest) -> Callable[[], None]:
         return low_latency.combine(self._exchange, request)
 
-    def reject(self, operation: Rejectable, error: Exception) -> None:
+    def reject(self, turn: HostTurn, operation: Rejectable, error: Exception) -> None:
         called, ring = _REJECTED[operation]
         # Not every exception has a message (MemoryError), and an empty one would mean good input.
         ticket = self._exchange.post(called, ring, {}, [], rejection=str(error) or repr(error))
         with self._exchange.collect(ticket):
             pass
 
-    def combine_buffer(self, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> Array:
+    def combine_buffer(self, turn: HostTurn, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> Array:
         return self._window(Ring.THROUGHPUT, Operation.COMBINE, (num_rows, hidden), dtype)
 
     def low_latency_combine_buffer(self, shape: tuple[int, int, int]) -> Array:
@@ -162,6 +178,18 @@ class HostBackend:
         except OSError:
             return empty(shape, dtype)  # no shared memory: rows will go by message, from anywhere
         return window.bytes[:num_bytes].view(dtype).reshape(shape)
+
+    def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        return None
+
+    def record_stream(self, x: ArrayView, stream: Any) -> None:
+        pass  # memory is not used again while an array over it lives
+
+    def news(self) -> None:
+        return None  # every call raises what went wrong in it
+
+    def comm_stream(self) -> None:
+        return None
 
     def mask(self, rank: int) -> None:
         if not self._exchange.one_host:
@@ -186,6 +214,10 @@ class HostBackend:
                 exchange.resume_at(ring, int(sequence))
         exchange.masked[ranks] = False
 
+    def barrier(self, turn: HostTurn) -> None:
+        with self._exchange.collect(self._exchange.post(Operation.BARRIER, Ring.SYNC, {}, [])):
+            pass
+
     def stats(self) -> dict[str, int]:
         return {
             "bytes_copied_to_windows": self._exchange.num_bytes_copied,
@@ -200,3 +232,6 @@ class HostBackend:
 
     def close(self) -> None:
         self._exchange.close()
+
+    def drop(self) -> None:
+        self._exchange.close()  # a store to memory of this rank

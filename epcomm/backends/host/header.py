@@ -30,6 +30,7 @@ class Operation(IntEnum):
     LOW_LATENCY_DISPATCH = 6
     LOW_LATENCY_COMBINE = 7
     CLEAN_MASKS = 8
+    BARRIER = 9
 
     @property
     def label(self) -> str:
@@ -45,6 +46,7 @@ _LABELS = {
     Operation.LOW_LATENCY_DISPATCH: "low_latency_dispatch",
     Operation.LOW_LATENCY_COMBINE: "low_latency_combine",
     Operation.CLEAN_MASKS: "low_latency_clean_mask_buffer",
+    Operation.BARRIER: "barrier",
 }
 
 # Names of the values that must agree, by operation, in the order of HEADER["agreed"].
@@ -69,6 +71,7 @@ AGREED: dict[Operation, tuple[str, ...]] = {
     Operation.LOW_LATENCY_DISPATCH: (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0"),
     Operation.LOW_LATENCY_COMBINE: _LOW_LATENCY,
     Operation.CLEAN_MASKS: (),
+    Operation.BARRIER: (),
 }
 
 

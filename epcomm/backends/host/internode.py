@@ -182,6 +182,9 @@ def dispatch(exchange: Exchange, nodes: Nodes, request: DispatchRequest) -> Disp
         ),
         rank_prefix_matrix=np.cumsum(counts, axis=0, dtype=np.int32),
         recv_src_idx=received.src_idx,
+        # For the handle: the user may reuse the memory of the mask.
+        is_token_in_rank=request.is_token_in_rank.copy(),
+        num_sent=int(np.count_nonzero(request.is_token_in_rank)),
         forward_mask=rows.mask,
         forward_counts=rows.counts,
         dispatch_id=rows.sequence,

@@ -170,6 +170,9 @@ def dispatch(exchange: Exchange, request: DispatchRequest) -> DispatchOutcome:
         num_recv_tokens_per_expert=expert_counts(per_expert, slice(rank * num_local, (rank + 1) * num_local), request),
         rank_prefix_matrix=np.cumsum(counts, axis=0, dtype=np.int32),
         recv_src_idx=received.src_idx,
+        # For the handle: the user may reuse the memory of the mask.
+        is_token_in_rank=request.is_token_in_rank.copy(),
+        num_sent=int(np.count_nonzero(request.is_token_in_rank)),
         forward_mask=None,
         forward_counts=None,
         dispatch_id=ticket.sequence,

@@ -1,0 +1,142 @@
+// layout.cuh: where everything lies in the memory that ranks share, and in the page that the host reads.
+//
+// Each rank owns one region that all ranks of its node address:
+//
+//     [ Workspace | window | arena ]
+//
+// The workspace holds this file's State and Signals; the window carries rows of arrays that lie outside the arena;
+// the arena holds outputs of dispatch and inputs of combine, placed by the host. Twin: epcomm/kernels/layout.py.
+#pragma once
+
+#include "common/types.cuh"
+
+namespace epcomm {
+
+inline constexpr int kNumAgreed = 16;       // values of a call that must be equal on all ranks
+inline constexpr uint64_t kUnit = 128;     // bytes; offsets in a region travel in units of this, fields start at one
+
+// What a rank says instead of the offset of a block.
+inline constexpr uint32_t kThroughWindow = 0xffffffffu;  // my rows are outside of the arena: use the window
+inline constexpr uint32_t kRejected = 0xfffffffeu;       // my input is bad: nobody moves anything
+inline constexpr uint32_t kNoBlock = 0xfffffffdu;        // this call has no such block
+
+// Operations, each with a sequence of its own that counts its calls.
+enum Operation : uint32_t { kExchange = 0, kDispatch = 1, kCombine = 2, kBarrier = 3, kLayout = 4, kNumOperations = 5 };
+
+// What a rank may be waiting for. The names are in epcomm/kernels/layout.py.
+enum Phase : uint32_t { kPhaseCounts = 0, kPhaseEntry = 1, kPhaseDone = 2, kPhaseReady = 3, kPhaseAck = 4 };
+
+// Device-private; every rank touches its own only.
+struct State {
+    uint32_t sequence[8];  // by Operation: number of the last finished call
+    uint32_t ticket[8];    // by Operation: blocks that have finished the present call
+    uint32_t busy;         // an operation is running
+    uint32_t failed;       // the error record is taken
+    uint32_t verdict;      // of the last exchange: 0, or why the dispatch behind it must not move rows
+    uint32_t filled[2][2];  // by Operation - kDispatch and parity of the round: blocks that have filled the windows
+    uint32_t taken[2][2];   // and that have emptied them
+    uint32_t unused[37];
+};
+static_assert(sizeof(State) == 256);
+
+// One rank's part of an exchange. Cells are {sequence << 32 | value}: the data is the flag.
+struct ExchangeCells {
+    uint64_t count[kMaxRanks];  // rows to each rank
+    uint64_t agreed[kNumAgreed];
+    uint64_t status;
+    uint64_t expert[kMaxLocalExperts];  // tokens of the receiver's experts
+    uint64_t unused[15];
+};
+
+// How a rank enters an operation: cells as above.
+struct EntryCells {
+    uint64_t rows;        // offset of its block of rows
+    uint64_t metadata;    // offset of its block of what travels beside
+    uint64_t num_tokens;  // tokens that it sends, or gets back
+    uint64_t unused;
+};
+
+// Written by peers; the slot [rank] has that rank as its only writer. Words only grow.
+struct Signals {
+    uint32_t poison;  // 1 + the rank that gave up
+    uint32_t unused[31];
+    ExchangeCells exchange[2][kMaxRanks];  // by parity of the sequence
+    EntryCells dispatch_entry[2][kMaxRanks];
+    EntryCells combine_entry[2][kMaxRanks];
+    uint32_t dispatch_done[kMaxRanks];
+    uint32_t combine_done[kMaxRanks];
+    uint32_t barrier[kMaxRanks];
+    uint64_t window_ready[2][kMaxRanks];  // by Operation - kDispatch: {sequence << 32 | rounds}
+    uint64_t window_ack[2][kMaxRanks];
+};
+
+struct Workspace {
+    State state;
+    Signals signals;
+};
+inline constexpr uint64_t kWorkspaceBytes = 1ull << 20;
+static_assert(sizeof(Workspace) <= kWorkspaceBytes);
+
+// Why a call did not do its work.
+enum ErrorKind : uint32_t { kTimeout = 1, kPoisoned = 2, kAborted = 3, kConcurrent = 4, kBadOffset = 5 };
+
+// Host memory that the device writes. Twin: epcomm/kernels/layout.py.
+struct HostPage {
+    uint32_t error_kind;  // ErrorKind; written last
+    uint32_t operation;
+    uint32_t sequence;
+    uint32_t phase;
+    uint32_t awaited;  // bit r: rank r
+    uint32_t elapsed_us;
+    uint32_t abort;    // written by the host: stop waiting
+    uint32_t dropped;  // rows that did not fit into num_worst_tokens, since construction
+    uint32_t rejected_by;        // the ranks that rejected their input of a call without exchange, and
+    uint32_t rejected_operation;  // the last such call
+    uint32_t voided;              // tag of an exchange that the host does not wait for, and that went wrong
+    uint32_t unused[21];
+    uint32_t tag;  // of the exchange whose result follows; written last
+    uint32_t unused2[31];
+    int32_t count[kMaxRanks * kMaxRanks];  // [source * num_ranks + destination]
+    uint32_t agreed[kMaxRanks * kNumAgreed];
+    uint32_t status[kMaxRanks];
+    int32_t expert[kMaxLocalExperts];
+};
+static_assert(sizeof(HostPage) == 256 + 4096 + 2048 + 128 + 4096);
+
+// Offsets of the fields in a received block of metadata of `num_rows` rows.
+struct MetadataLayout {
+    uint64_t topk_idx, topk_weights, num_bytes;
+    __host__ __device__ MetadataLayout(uint64_t num_rows, uint32_t num_topk, uint32_t index_bytes, bool has_weights) {
+        topk_idx = round_up(num_rows * 4, kUnit);  // source indices come first
+        topk_weights = topk_idx + round_up(num_rows * num_topk * index_bytes, kUnit);
+        num_bytes = topk_weights + (has_weights ? num_rows * num_topk * 4 : 0);
+    }
+};
+
+// Offset of the scales behind `num_rows` received rows.
+__host__ __device__ inline uint64_t scales_offset(uint64_t num_rows, uint64_t row_bytes) {
+    return round_up(num_rows * row_bytes, kUnit);
+}
+
+// What every kernel knows of the job.
+struct Comm {
+    uint64_t region[kMaxRanks];  // by rank: address of its region in this process
+    uint64_t host;               // HostPage
+    uint64_t region_bytes;
+    uint64_t timeout_ns;
+    int32_t rank;
+    int32_t num_ranks;
+
+    __device__ Workspace* workspace(int r) const { return pointer<Workspace>(region[r]); }
+    __device__ State& state() const { return workspace(rank)->state; }
+    __device__ Signals& own() const { return workspace(rank)->signals; }
+    __device__ Signals& of(int r) const { return workspace(r)->signals; }
+    __device__ HostPage* page() const { return pointer<HostPage>(host); }
+};
+static_assert(sizeof(Comm) == 288);
+
+__host__ __device__ inline uint64_t tagged(uint32_t sequence, uint32_t value) {
+    return static_cast<uint64_t>(sequence) << 32 | value;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,32 @@
+// types.cuh: the integer types, and what every file may assume about a job.
+#pragma once
+
+#include <cuda/std/cstdint>
+
+namespace epcomm {
+
+using cuda::std::int32_t;
+using cuda::std::int64_t;
+using cuda::std::uint16_t;
+using cuda::std::uint32_t;
+using cuda::std::uint64_t;
+using cuda::std::uint8_t;
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMaxRanks = 32;         // of one node: one lane of a warp for each
+inline constexpr int kMaxTopk = 32;          // one lane for each choice
+inline constexpr int kMaxLocalExperts = 1024;
+
+using Vector = uint4;  // 16 bytes: the unit in which rows move
+
+__device__ __forceinline__ int lane_index() { return threadIdx.x % kWarp; }
+__device__ __forceinline__ int warp_index() { return threadIdx.x / kWarp; }
+__device__ __forceinline__ int warps_per_block() { return blockDim.x / kWarp; }
+
+template <typename T> __device__ __forceinline__ T* pointer(uint64_t address) { return reinterpret_cast<T*>(address); }
+
+__host__ __device__ constexpr uint64_t round_up(uint64_t value, uint64_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+}  // namespace epcomm

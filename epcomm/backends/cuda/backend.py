@@ -1,0 +1,209 @@
+"""CudaBackend: the `Backend` protocol on the GPUs of one node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.arrays import ArrayView
+from epcomm.backends.agreement import DISPATCH, check_agreed
+from epcomm.backends.cuda.combine import combine, reject_combine
+from epcomm.backends.cuda.dispatch import (
+    ELSEWHERE,
+    contradiction,
+    dispatch,
+    dispatch_layout,
+    reject_cached,
+    reject_exchange,
+)
+from epcomm.backends.cuda.job import Job
+from epcomm.backends.cuda.streams import Streams
+from epcomm.backends.cuda.turn import CudaTurn, output
+from epcomm.backends.protocol import (
+    CombineOutcome,
+    CombineRequest,
+    DispatchOutcome,
+    DispatchRequest,
+    LayoutOutcome,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchOutcome,
+    LowLatencyDispatchRequest,
+    Rejectable,
+)
+from epcomm.bootstrap import Communicator, Topology
+from epcomm.errors import CapacityError, EpcommError, PeerError, UnsupportedOption
+from epcomm.event import EventOverlap
+from epcomm.kernels.exchange import STATUS_COUNTS
+from epcomm.memory import Block
+
+__all__ = ["CudaBackend"]
+
+
+class CudaBackend:
+    """One rank of the CUDA backend.
+
+    Construction is collective and blocks the host. Arguments and errors: `epcomm.backends.cuda.job.Job`.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self, comm: Communicator, topology: Topology, num_arena_bytes: int, timeout_s: float, device: int | None
+    ) -> None:
+        self._job = Job(comm, topology, num_arena_bytes, timeout_s, device)
+        self._num_dropped = 0
+
+    def turn(
+        self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool
+    ) -> CudaTurn:
+        return CudaTurn(self._job, framework, stream, previous_event, async_finish)
+
+    def num_sms(self, wanted: int | None) -> int:
+        """SMs of an operation; None: nobody has said how many."""
+        return self._job.default_num_sms if wanted is None else self._job.blocks(wanted)
+
+    def dispatch_layout(self, turn: CudaTurn, topk_idx: ArrayView, num_experts: int) -> LayoutOutcome:
+        return dispatch_layout(self._job, turn, topk_idx, num_experts)
+
+    def dispatch(self, turn: CudaTurn, request: DispatchRequest) -> DispatchOutcome:
+        return dispatch(self._job, turn, request)
+
+    def combine(self, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
+        return combine(self._job, turn, request)
+
+    def low_latency_dispatch(
+        self, turn: CudaTurn, request: LowLatencyDispatchRequest
+    ) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
+        _no_low_latency("low_latency_dispatch")
+
+    def low_latency_combine(self, turn: CudaTurn, request: LowLatencyCombineRequest) -> Callable[[], None]:
+        _no_low_latency("low_latency_combine")
+
+    def reject(self, turn: CudaTurn, operation: Rejectable, error: Exception) -> None:
+        if turn.is_captured:
+            return  # the launch would become part of the graph
+        if operation is Rejectable.DISPATCH:
+            reject_exchange(self._job, turn, error)
+        elif operation is Rejectable.CACHED_DISPATCH:
+            reject_cached(self._job, turn)
+        elif operation is Rejectable.COMBINE:
+            reject_combine(self._job, turn)
+        # Low-latency calls are not here yet, so no rank waits in one.
+
+    def combine_buffer(self, turn: CudaTurn, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> ArrayView:
+        num_bytes = num_rows * hidden * dtype.itemsize
+        block: Block | None = self._job.arena.allocate(num_bytes, turn.stream)
+        if block is None:
+            return turn.new((num_rows, hidden), dtype)  # combine takes its rows through the window
+        return turn.over(block, 0, (num_rows, hidden), dtype)
+
+    def low_latency_combine_buffer(self, shape: tuple[int, int, int]) -> ArrayView:
+        _no_low_latency("get_next_low_latency_combine_buffer")
+
+    def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
+        job = self._job
+        owner = _Arena(job.base + job.arena_offset)
+        job.note_arena_view(owner)
+        return output(owner, offset, shape, dtype, job.device)
+
+    def record_stream(self, x: ArrayView, stream: Any) -> None:
+        handle, keep = self._job.streams.callers(None, stream)
+        if handle is None:
+            raise UnsupportedOption("record_stream", got="no stream", do="pass the stream that uses x")
+        self._job.note_reader(x.ptr, handle, keep)
+
+    def barrier(self, turn: CudaTurn) -> None:
+        """All ranks reach this point of their streams. Collective; does not block the host."""
+        self._job.launch_barrier(turn.stream)
+
+    def mask(self, rank: int) -> None:
+        _no_low_latency("low_latency_update_mask_buffer")
+
+    def masks(self) -> NDArray[np.bool_]:
+        return np.zeros(self._job.size, np.bool_)
+
+    def unmask(self, ranks: list[int]) -> None:
+        _no_low_latency("low_latency_clean_mask_buffer")
+
+    def stats(self) -> dict[str, int]:
+        counters: Counter[str] = self._job.counters
+        arena = {f"arena_{name}": value for name, value in self._job.arena.stats.items()}
+        outputs = {f"outputs_{name}": value for name, value in self._job.outputs.stats.items()}
+        return {**counters, **arena, **outputs}
+
+    def news(self) -> EpcommError | None:
+        """What kernels have recorded since the last look; a failure stays. Does not wait for kernels that run."""
+        page, rank = self._job.page, self._job.rank
+        if page.failed:
+            return page.error()
+        ranks = [other for other in page.take_rejections() if other != rank]  # the own error was raised in the call
+        if ranks:
+            return PeerError("an earlier call, of which no row was moved", dict.fromkeys(ranks, ELSEWHERE))
+        if page.take_voided():
+            error = self._why_void()
+            if error is not None:
+                return error
+        if page.dropped != self._num_dropped:
+            dropped, self._num_dropped = page.dropped - self._num_dropped, page.dropped
+            return CapacityError(
+                "dispatch: num_worst_tokens",
+                got=f"{dropped} rows for rank {self._job.rank} that did not fit and were dropped",
+                wanted="as many rows as the busiest rank receives",
+                do="raise num_worst_tokens",
+            )
+        return None
+
+    def _why_void(self) -> EpcommError | None:
+        """Why the last exchange went wrong, of which no host waited for the counts."""
+        page, what = self._job.page, "an earlier dispatch"
+        status = page.status().tolist()
+        if status[self._job.rank] == STATUS_COUNTS:
+            return contradiction()
+        rejecting = {rank: ELSEWHERE for rank, code in enumerate(status) if code}
+        if rejecting:
+            return PeerError(f"{what}, of which no row was moved", rejecting)
+        try:
+            check_agreed(what, DISPATCH, page.agreed().tolist())
+        except EpcommError as error:
+            return error
+        return None
+
+    @property
+    def failed(self) -> bool:
+        return self._job.page.failed
+
+    def comm_stream(self) -> int:
+        return self._job.streams.own
+
+    def interrupted(self) -> bool:
+        return False
+
+    def abandon(self) -> None:
+        self._job.page.abort()
+
+    def close(self) -> None:
+        self._job.close()
+
+    def drop(self) -> None:
+        self._job.drop()
+
+    @property
+    def streams(self) -> Streams:
+        return self._job.streams
+
+
+class _Arena:
+    """The owner of views of the whole arena: it stays until they go."""
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+def _no_low_latency(what: str) -> NoReturn:
+    raise UnsupportedOption(
+        what, got="backend='cuda'", wanted="the host backend, so far", do="pass backend='host' for low latency"
+    )

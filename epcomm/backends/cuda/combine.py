@@ -1,0 +1,113 @@
+"""High-throughput combine: every rank pulls its tokens' rows and sums them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from epcomm.arrays import ArrayView
+from epcomm.backends.cuda.job import Job
+from epcomm.backends.cuda.turn import CudaTurn
+from epcomm.backends.protocol import CombineOutcome, CombineRequest
+from epcomm.kernels import combine as kernel
+from epcomm.kernels.layout import NO_BLOCK, REJECTED, THROUGH_WINDOW, UNIT, round_up
+from epcomm.memory import Block
+
+__all__ = ["combine", "reject_combine"]
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
+    """Bring the rows of a dispatch back to their tokens and sum them. Does not wait for anybody on the host."""
+    x, weights, handle = request.x, request.topk_weights, request.handle
+    hidden = x.shape[1]
+    row_bytes = hidden * x.dtype.itemsize
+    num_topk = 0 if weights is None else weights.shape[1]
+    rows, own_weights, copies = _own_offsets(job, turn, x, weights)
+    combined = turn.new((handle.num_tokens, hidden), x.dtype)
+    combined_weights = None if weights is None else turn.new((handle.num_tokens, num_topk), _FLOAT32)
+    shape = kernel.shape(row_bytes, job.size, job.has_bulk)
+    biases = [bias.ptr for bias in request.biases]
+    job.launch_combine(
+        turn.stream,
+        x.dtype.name,
+        job.blocks(request.num_sms),
+        shape,
+        *job.window.cut(row_bytes + round_up(4 * num_topk, 16)),
+        row_bytes,
+        rows,
+        own_weights,
+        shape.piece_bytes,
+        x.ptr,
+        0 if weights is None else weights.ptr,
+        handle.recv_src_idx.ptr,
+        handle.send_pos.ptr,
+        handle.rank_prefix_matrix.ptr,
+        *biases,
+        *[0] * (2 - len(biases)),
+        combined.ptr,
+        0 if combined_weights is None else combined_weights.ptr,
+        *shape.feed,
+        row_bytes,
+        handle.num_tokens,
+        num_topk,
+        handle.num_worst_tokens,
+        0,
+    )
+    for copy in copies:
+        copy.note_reader(turn.stream)
+    job.count(rows == THROUGH_WINDOW, "combine")
+    return CombineOutcome(combined, combined_weights)
+
+
+def _own_offsets(job: Job, turn: CudaTurn, x: ArrayView, weights: ArrayView | None) -> tuple[int, int, list[Block]]:
+    """Offsets of this rank's rows and weights for its peers, and copies to keep until the kernel is launched.
+
+    What lies outside of the arena is copied into it: one pass at the speed of the memory. Rows go through the window
+    only if there is no room.
+    """
+    outside: tuple[int, int, list[Block]] = (THROUGH_WINDOW, THROUGH_WINDOW, [])
+    copies: list[Block] = []
+    rows = _offset_in_arena(job, turn, x, copies)
+    if rows is None:
+        return outside
+    if weights is None:
+        return rows, NO_BLOCK, copies
+    own_weights = _offset_in_arena(job, turn, weights, copies)
+    return outside if own_weights is None else (rows, own_weights, copies)
+
+
+def _offset_in_arena(job: Job, turn: CudaTurn, array: ArrayView, copies: list[Block]) -> int | None:
+    num_bytes = array.shape[0] * array.shape[1] * array.dtype.itemsize
+    if num_bytes == 0:
+        return job.arena_offset // UNIT  # of nothing
+    offset = job.offset_of(array.ptr, num_bytes)
+    if offset is not None:
+        return offset
+    block = job.arena.allocate(num_bytes, turn.stream, high=True)
+    if block is None:
+        return None
+    copies.append(block)
+    runtime = job.cupy.cuda.runtime
+    runtime.memcpyAsync(block.ptr, array.ptr, num_bytes, runtime.memcpyDeviceToDevice, turn.stream)
+    return (job.arena_offset + block.offset) // UNIT
+
+
+def reject_combine(job: Job, turn: CudaTurn) -> None:
+    """Enter a combine only to say that this rank's input is bad."""
+    shape = kernel.shape(16, job.size, job.has_bulk)
+    job.launch_combine(
+        turn.stream,
+        "bfloat16",
+        1,
+        shape,
+        *job.window.cut(16),
+        16,
+        REJECTED,
+        NO_BLOCK,
+        shape.piece_bytes,
+        *[0] * 9,
+        *shape.feed,
+        16,
+        *[0] * 4,
+    )

@@ -1,0 +1,156 @@
+"""The page of host memory that kernels write and the host reads: results of exchanges, and error records."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.errors import ConcurrentUse, EpcommError, PeerTimeout
+from epcomm.kernels.layout import HOST_PAGE, NUM_AGREED, OPERATIONS, PHASES
+
+__all__ = ["HostPage"]
+
+_TIMEOUT, _POISONED, _ABORTED, _CONCURRENT, _BAD_OFFSET = 1, 2, 3, 4, 5
+_SPIN_S = 200e-6  # the exchange of ranks that are there takes less
+# What a rank adds to the GPU's bound before it stops waiting for its own GPU, which may be busy with other work.
+_GRACE_S = 30.0
+
+
+def _word(name: str) -> int:
+    return int(HOST_PAGE.fields[name][1]) // 4  # type: ignore[index]
+
+
+_TAG, _KIND, _ABORT = _word("tag"), _word("error_kind"), _word("abort")
+_DROPPED, _REJECTED_BY, _VOIDED = _word("dropped"), _word("rejected_by"), _word("voided")
+
+
+class HostPage:
+    """One rank's page, in pinned memory that the GPU addresses.
+
+    Args:
+        cupy: the module.
+        rank: this rank.
+        num_ranks: ranks of the job.
+        timeout_s: bound of the waits on the GPU.
+    """
+
+    def __init__(self, cupy: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
+        self._memory = cupy.cuda.alloc_pinned_memory(HOST_PAGE.itemsize)
+        self.address = int(self._memory.ptr)
+        self._record = np.frombuffer(self._memory, HOST_PAGE, 1)[0:1].reshape(())
+        raw = np.frombuffer(self._memory, np.uint8, HOST_PAGE.itemsize)
+        raw[:] = 0
+        self._words = memoryview(raw.data).cast("I")
+        self._rank, self._num_ranks, self._timeout_s = rank, num_ranks, timeout_s
+
+    @property
+    def failed(self) -> bool:
+        """Whether a kernel has left an error record."""
+        return self._words[_KIND] != 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that `EpcommError`s should tell."""
+        words = self._words
+        return bool(words[_KIND] or words[_REJECTED_BY] or words[_VOIDED])
+
+    def abort(self) -> None:
+        """Make the waits of this rank's kernels end."""
+        self._words[_ABORT] = 1
+
+    def await_tag(self, tag: int, check_job: Callable[[], None]) -> None:
+        """Block the host until the exchange `tag` has ended, well or badly.
+
+        Raises:
+            PeerTimeout: the GPU did not get to it, or ranks did not answer.
+        """
+        words = self._words
+        start = time.perf_counter()
+        while words[_TAG] != tag:
+            elapsed = time.perf_counter() - start
+            if elapsed < _SPIN_S:
+                continue
+            check_job()
+            if self.failed:
+                raise self.error()
+            if elapsed > self._timeout_s + _GRACE_S:
+                raise PeerTimeout(
+                    OPERATIONS[0],
+                    phase="launch",
+                    waiting_rank=self._rank,
+                    awaited_ranks=[self._rank],
+                    elapsed_s=elapsed,
+                    reason="no answer of the own GPU",
+                    do="look for work on this GPU that does not end",
+                )
+            time.sleep(0 if elapsed < 0.01 else 50e-6)  # lets other thread-ranks run
+        if self.failed:
+            raise self.error()
+
+    def counts(self) -> NDArray[np.int64]:
+        """int64 ``[R, R]``: rows from rank i to rank j, of the last exchange."""
+        n = self._num_ranks
+        return self._record["count"][: n * n].reshape(n, n).astype(np.int64)  # type: ignore[no-any-return]
+
+    def agreed(self) -> NDArray[np.uint32]:
+        """uint32 ``[R, NUM_AGREED]``: what the ranks said that must be equal."""
+        size = self._num_ranks * NUM_AGREED
+        return self._record["agreed"][:size].reshape(-1, NUM_AGREED)  # type: ignore[no-any-return]
+
+    def status(self) -> NDArray[np.uint32]:
+        """uint32 ``[R]``: 0, or why a rank rejected its input."""
+        return self._record["status"][: self._num_ranks]  # type: ignore[no-any-return]
+
+    def experts(self, num_local_experts: int) -> NDArray[np.int32]:
+        """int32 ``[L]``: tokens of this rank's experts."""
+        return self._record["expert"][:num_local_experts]  # type: ignore[no-any-return]
+
+    @property
+    def dropped(self) -> int:
+        """Rows dropped on this rank since construction."""
+        return int(self._words[_DROPPED])
+
+    def take_rejections(self) -> list[int]:
+        """The ranks that rejected a call which exchanges no counts, since the last look."""
+        mask, self._words[_REJECTED_BY] = self._words[_REJECTED_BY], 0
+        return [rank for rank in range(self._num_ranks) if mask >> rank & 1]
+
+    def take_voided(self) -> bool:
+        """Whether an exchange that nobody waited for went wrong, since the last look."""
+        voided, self._words[_VOIDED] = self._words[_VOIDED], 0
+        return bool(voided)
+
+    def error(self) -> EpcommError:
+        """The error record as an exception."""
+        record = self._record
+        kind, operation = int(record["error_kind"]), OPERATIONS[int(record["operation"])]
+        awaited = [rank for rank in range(self._num_ranks) if int(record["awaited"]) >> rank & 1]
+        if kind == _CONCURRENT:
+            return ConcurrentUse(
+                operation,
+                got="two operations of one Buffer on the GPU at the same time",
+                wanted="one after the other",
+                do="do not replay a graph while an eager call of the same Buffer is running, or use two Buffers",
+            )
+        if kind == _BAD_OFFSET:
+            return EpcommError(
+                operation, got=f"offsets outside of their memory from ranks {awaited}", do="look at those ranks first"
+            )
+        reason = {
+            _TIMEOUT: "no answer",
+            _POISONED: "no answer (that rank gave up)",
+            _ABORTED: "no answer (this rank was told to stop)",
+        }[kind]
+        return PeerTimeout(
+            operation,
+            phase=PHASES[int(record["phase"])],
+            waiting_rank=self._rank,
+            awaited_ranks=awaited,
+            elapsed_s=math.floor(int(record["elapsed_us"]) / 1e4) / 100,
+            reason=reason,
+        )

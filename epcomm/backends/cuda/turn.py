@@ -1,0 +1,140 @@
+"""One call of a Buffer on the GPU: its stream, its arguments in, its results out."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.arrays import ArrayView, StreamRef, device_array, require, to_host
+from epcomm.arrays.streams import order
+from epcomm.backends.cuda.job import Job
+from epcomm.backends.cuda.streams import StreamEvent
+from epcomm.dlpack import CUDA
+from epcomm.errors import DeviceError
+from epcomm.event import EventOverlap
+from epcomm.memory import Block
+
+__all__ = ["CudaTurn", "output"]
+
+_HIDES_STREAM = ("jax", "dlpack")  # frameworks that do not know that we read their memory
+
+
+class CudaTurn:
+    """See `epcomm.backends.protocol.Turn`.
+
+    Args:
+        job: this rank's part.
+        framework: of the input; None if it is no array.
+        stream: what the caller passed.
+        previous_event: what to wait for first.
+        async_finish: the caller's stream goes on.
+    """
+
+    device = "cuda"
+
+    def __init__(
+        self, job: Job, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool
+    ) -> None:
+        streams = job.streams
+        self._job, self._framework = job, framework or "dlpack"
+        self._callers, keep = streams.callers(framework, stream)
+        self._is_async = async_finish
+        if streams.runs_in_own(self._callers, async_finish):
+            self.stream, keep = streams.own, None
+        else:
+            assert self._callers is not None
+            self.stream = self._callers
+        self.ref = StreamRef(self.stream, streams.keeper if self.stream == streams.own else keep)
+        self._wait_for(previous_event)
+        streams.enter(self.stream, keep)
+        self.is_captured = streams.is_capturing(self.stream)
+        self._blocks: list[Block] = []
+
+    def _wait_for(self, previous: EventOverlap | None) -> None:
+        if previous is not None and isinstance(previous.event, StreamEvent):
+            previous.event.wait_in(self.stream)
+            return
+        if previous is not None:
+            previous.current_stream_wait()
+        if self._callers is not None and self._callers != self.stream:
+            order(self._callers, self.stream, self._job.device)
+
+    # -- arguments ------------------------------------------------------------------------------------------------
+
+    def check(self, view: ArrayView, name: str, **demands: Any) -> None:
+        """`require` on this rank's GPU."""
+        require(view, name, device="cuda", **demands)
+        if view.device[1] != self._job.device:
+            raise DeviceError(
+                name,
+                got=f"an array on cuda:{view.device[1]}",
+                wanted=f"one on cuda:{self._job.device}, the device of this Buffer",
+                do="move the array, or construct the Buffer with device=",
+            )
+
+    def take(self, view: ArrayView) -> ArrayView:
+        return view
+
+    def values(self, view: ArrayView) -> NDArray[Any] | None:
+        return None
+
+    def checked_values(self, view: ArrayView) -> NDArray[Any]:
+        return to_host(view, self.stream)
+
+    # -- results --------------------------------------------------------------------------------------------------
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
+        """A new output outside of the arena."""
+        num_bytes = dtype.itemsize
+        for extent in shape:
+            num_bytes *= extent
+        block = self._job.outputs.allocate(num_bytes, self.stream)
+        return self.over(block, 0, shape, dtype)
+
+    def over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
+        """An output in `block`, which it keeps alive."""
+        if block not in self._blocks:
+            self._blocks.append(block)
+            block.note_reader(self.stream)
+            self._job.note(block)
+        return output(block, offset, shape, dtype, self._job.device)
+
+    def export(self, array: ArrayView, framework: str) -> Any:
+        """`array` as one of `framework`; its stream waits for this call, unless the caller has asked to go on."""
+        if framework in _HIDES_STREAM:
+            ready: int | None = self.stream
+        else:
+            ready = None if self._is_async else self._callers
+        return device_array(
+            framework, array.ptr, array.shape, array.dtype, owner=array.owner, device=array.device[1], stream=ready
+        )
+
+    def finish(self, inputs: object) -> EventOverlap:
+        """The call is launched: order the caller's stream behind it, or make the event by which the caller does."""
+        if self._is_async:
+            event = StreamEvent(self.stream, self._framework, self._job.device, self._blocks)
+            if not self.is_captured:  # who replays a graph keeps its inputs
+                self._job.streams.keep_until(event, inputs)
+            return EventOverlap(event)
+        if self._callers is None:
+            event = StreamEvent(self.stream, self._framework, self._job.device)
+            self._job.streams.keep_until(event, inputs)
+        elif self._callers != self.stream:
+            order(self.stream, self._callers, self._job.device)
+        return EventOverlap()
+
+
+class _Memory(Protocol):
+    @property
+    def ptr(self) -> int: ...
+
+
+def output(block: _Memory, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> ArrayView:
+    """A row-major array in `block`, which it keeps alive."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return ArrayView("", block.ptr + offset, shape, tuple(reversed(strides)), dtype, (CUDA, device), False, block)

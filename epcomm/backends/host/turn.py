@@ -1,0 +1,37 @@
+"""One call of a Buffer on the host: NumPy views in, the caller's framework out, and nothing to wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from epcomm.arrays import ArrayView, export_array, require
+from epcomm.event import EventOverlap
+
+__all__ = ["HostTurn"]
+
+
+class HostTurn:
+    """See `epcomm.backends.protocol.Turn`."""
+
+    stream = None
+    ref = None
+
+    def check(self, view: ArrayView, name: str, **demands: Any) -> None:
+        require(view, name, device="cpu", **demands)
+
+    def take(self, view: ArrayView) -> NDArray[Any]:
+        return view.numpy()
+
+    def values(self, view: ArrayView) -> NDArray[Any]:
+        return view.numpy()
+
+    def checked_values(self, view: ArrayView) -> NDArray[Any]:
+        return view.numpy()
+
+    def export(self, array: NDArray[Any], framework: str) -> Any:
+        return export_array(array, framework)
+
+    def finish(self, inputs: object) -> EventOverlap:
+        return EventOverlap()

@@ -1,0 +1,47 @@
+"""Argument structs: host memory that a launch hands to the kernel by value.
+
+Every kernel takes one struct, whose sizes a static_assert in its source compares. Most start with ``Comm``, which is
+the same for all calls of a Buffer and is written once; a call writes the rest with one `struct.Struct`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+
+from epcomm.kernels.layout import MAX_RANKS
+
+__all__ = ["COMM", "Arguments", "comm_bytes"]
+
+COMM = struct.Struct(f"<{MAX_RANKS}Q3Q2i")
+assert COMM.size == 288
+
+
+def comm_bytes(
+    regions: Sequence[int], host_page: int, region_bytes: int, timeout_ns: int, rank: int, num_ranks: int
+) -> bytes:
+    """The ``Comm`` of a rank; `regions` are the addresses of all ranks' regions in this process."""
+    padded = [*regions, *[0] * (MAX_RANKS - len(regions))]
+    return COMM.pack(*padded, host_page, region_bytes, timeout_ns, rank, num_ranks)
+
+
+class Arguments:
+    """One argument struct in host memory, filled again for each launch. One thread at a time.
+
+    Args:
+        fixed: the bytes at its start that never change.
+        fields: the rest.
+    """
+
+    __slots__ = ("_memory", "_pack", "_start", "address")
+
+    def __init__(self, fixed: bytes, fields: struct.Struct) -> None:
+        self._memory = bytearray(fixed + bytes(fields.size))
+        self._pack, self._start = fields.pack_into, len(fixed)
+        self.address = ctypes.addressof((ctypes.c_char * len(self._memory)).from_buffer(self._memory))
+
+    def fill(self, *values: int) -> int:
+        """Write all fields, in their order; the address for the launch."""
+        self._pack(self._memory, self._start, *values)
+        return self.address

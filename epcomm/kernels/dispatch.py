@@ -1,0 +1,71 @@
+"""``cuda_src/kernels/dispatch.cu``: rows to their final places."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import NamedTuple
+
+from epcomm.jit import Program
+from epcomm.kernels.layout import round_up
+from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
+
+__all__ = ["ENTRY", "FIELDS", "PROGRAM", "Shape", "Slot", "shape", "slot"]
+
+STAGES = 2
+PROGRAM = Program("kernels/dispatch.cu", (("KERNEL_STAGES", str(STAGES)),))
+ENTRY = "epcomm_dispatch"
+_MAX_WARPS = 16
+# Measured on an H200 with 1 to 8 ranks on it: above that, writes to many places slow each other down by up to 17 %;
+# below it, there is too little to hide latency (NVLink needs 0.7 MB).
+_BYTES_UNDER_WAY = 3_670_016
+
+# window: offset, area_bytes, slot_bytes, num_slots; slot_field[5], unused; own_rows, own_metadata;
+# x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
+# pieces[3], stage_bytes; num_tokens, num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
+# num_worst_tokens, is_cached, has_weights, unused
+FIELDS = struct.Struct("<2Q2I6I2I2Q2q4Q5Q4I10i")
+
+
+class Shape(NamedTuple):
+    """Launch shape for rows of one size."""
+
+    pieces: Pieces
+    threads: int
+    shared_bytes: int
+
+
+class Slot(NamedTuple):
+    """A slot of the window: one row and what travels beside it."""
+
+    fields: tuple[int, int, int, int, int, int]  # offsets of row, scales, topk_idx, topk_weights, source; unused
+    num_bytes: int
+
+
+@functools.lru_cache(maxsize=256)
+def shape(row_bytes: int, has_bulk: bool, blocks_on_gpu: int, is_windowed: bool) -> Shape:
+    """Warps for as many bytes under way as a GPU's memory takes without mixing up its pages.
+
+    Args:
+        row_bytes: bytes of a row.
+        has_bulk: the copy engine moves rows; else they go through registers.
+        blocks_on_gpu: blocks of this operation that all ranks of the GPU run at once.
+        is_windowed: half of the warps empty the window; then as many as have room.
+    """
+    pieces = cut(row_bytes)
+    if not has_bulk:
+        return Shape(pieces, 32 * _MAX_WARPS, pipe_bytes(_MAX_WARPS, STAGES, 0))
+    stage_bytes = STAGES * pieces.piece_bytes
+    wanted = _MAX_WARPS if is_windowed else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
+    warps = num_warps(STAGES, stage_bytes, max(2, min(_MAX_WARPS, wanted)))
+    return Shape(pieces, 32 * warps, pipe_bytes(warps, STAGES, stage_bytes))
+
+
+@functools.lru_cache(maxsize=256)
+def slot(row_bytes: int, scales_bytes: int, topk_bytes: int, weights_bytes: int) -> Slot:
+    """Layout of a slot; the arguments are bytes of one row's fields, 0 for those that do not travel."""
+    offsets, offset = [], 0
+    for num_bytes in (row_bytes, scales_bytes, topk_bytes, weights_bytes, 4):
+        offsets.append(offset)
+        offset += round_up(num_bytes, 8)
+    return Slot((*offsets, 0), round_up(offset, 16))  # type: ignore[arg-type]

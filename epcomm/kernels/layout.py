@@ -1,0 +1,81 @@
+"""Twin of ``cuda_src/common/layout.cuh``: the memory that ranks share, and the page that the host reads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = [
+    "HOST_PAGE",
+    "MAX_LOCAL_EXPERTS",
+    "MAX_RANKS",
+    "MAX_TOPK",
+    "NO_BLOCK",
+    "NUM_AGREED",
+    "OPERATIONS",
+    "PHASES",
+    "REJECTED",
+    "THROUGH_WINDOW",
+    "UNIT",
+    "WORKSPACE_BYTES",
+    "MetadataLayout",
+    "round_up",
+    "scales_offset",
+]
+
+MAX_RANKS = 32  # of one node
+MAX_TOPK = 32
+MAX_LOCAL_EXPERTS = 1024
+NUM_AGREED = 16
+UNIT = 128  # bytes; offsets in a region travel in units of this
+WORKSPACE_BYTES = 1 << 20
+
+# What a rank says instead of the offset of a block.
+THROUGH_WINDOW, REJECTED, NO_BLOCK = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
+
+OPERATIONS = ("dispatch, counts", "dispatch", "combine", "barrier")
+PHASES = ("counts", "entry", "done", "ready", "ack")
+
+HOST_PAGE = np.dtype(
+    [
+        ("error_kind", "<u4"),
+        ("operation", "<u4"),
+        ("sequence", "<u4"),
+        ("phase", "<u4"),
+        ("awaited", "<u4"),
+        ("elapsed_us", "<u4"),
+        ("abort", "<u4"),
+        ("dropped", "<u4"),
+        ("rejected_by", "<u4"),
+        ("rejected_operation", "<u4"),
+        ("voided", "<u4"),
+        ("unused", "<u4", 21),
+        ("tag", "<u4"),
+        ("unused2", "<u4", 31),
+        ("count", "<i4", MAX_RANKS * MAX_RANKS),
+        ("agreed", "<u4", MAX_RANKS * NUM_AGREED),
+        ("status", "<u4", MAX_RANKS),
+        ("expert", "<i4", MAX_LOCAL_EXPERTS),
+    ]
+)
+assert HOST_PAGE.itemsize == 256 + 4096 + 2048 + 128 + 4096
+
+
+def round_up(value: int, unit: int) -> int:
+    """`value` rounded up to a multiple of `unit`."""
+    return -(-value // unit) * unit
+
+
+def scales_offset(num_rows: int, row_bytes: int) -> int:
+    """Offset of the scales behind `num_rows` received rows."""
+    return round_up(num_rows * row_bytes, UNIT)
+
+
+class MetadataLayout:
+    """Offsets of the fields in a block of what travels beside rows; the source indices come first."""
+
+    __slots__ = ("num_bytes", "topk_idx", "topk_weights")
+
+    def __init__(self, num_rows: int, num_topk: int, index_bytes: int, has_weights: bool) -> None:
+        self.topk_idx = round_up(num_rows * 4, UNIT)
+        self.topk_weights = self.topk_idx + round_up(num_rows * num_topk * index_bytes, UNIT)
+        self.num_bytes = self.topk_weights + (num_rows * num_topk * 4 if has_weights else 0)

@@ -1,0 +1,40 @@
+"""How kernels cut rows, and how much shared memory their pipes take. Twin of ``cuda_src/sync/rows.cuh``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from epcomm.kernels.layout import UNIT, round_up
+
+__all__ = ["SHARED_BYTES", "Pieces", "cut", "num_warps", "pipe_bytes"]
+
+# Dynamic shared memory of a block: what an SM has, less 1 KB for the system and the static part of a kernel. The more
+# rows are under way, the fewer SMs fill the links.
+SHARED_BYTES = 227 * 1024 - 3 * 1024
+_MAX_PIECE = 14336  # bytes
+
+
+class Pieces(NamedTuple):
+    """Pieces of `piece_bytes`, the last one shorter; all multiples of 16 bytes."""
+
+    row_bytes: int
+    piece_bytes: int
+    num_pieces: int
+
+
+def cut(row_bytes: int, max_piece: int = _MAX_PIECE) -> Pieces:
+    """Cut rows into as few pieces as possible, of about equal size."""
+    wanted = -(-row_bytes // max_piece)
+    piece = round_up(-(-row_bytes // wanted), 16)
+    return Pieces(row_bytes, piece, -(-row_bytes // piece))
+
+
+def pipe_bytes(num_warps: int, words_per_warp: int, stage_bytes_per_warp: int) -> int:
+    """Dynamic shared memory of a block: the barriers of all warps, then their stages."""
+    return round_up(num_warps * words_per_warp * 8, UNIT) + num_warps * stage_bytes_per_warp
+
+
+def num_warps(words_per_warp: int, stage_bytes_per_warp: int, most: int) -> int:
+    """As many warps as have stages in shared memory, at least the two that the roles of a kernel need."""
+    fitting = (SHARED_BYTES - UNIT) // (stage_bytes_per_warp + words_per_warp * 8)
+    return max(2, min(most, fitting))
