@@ -101,7 +101,7 @@ def _first_hop(exchange: Exchange, nodes: Nodes, request: DispatchRequest) -> _F
     if request.num_tokens_per_expert is not None:
         posted.append(Field(request.num_tokens_per_expert[None], everyone))
     operation, agreed = agreed_for_dispatch(request)
-    ticket = exchange.post(operation, Ring.THROUGHPUT, agreed, posted, num_tokens=len(request.x))
+    ticket = exchange.post(operation, Ring.THROUGHPUT, agreed, posted)
     with exchange.collect(ticket) as delivery:
         rail = range(*nodes.rail.indices(nodes.num_ranks))
         counts = np.array([delivery.count(source) for source in rail], np.int32)

@@ -148,9 +148,9 @@ def dispatch(exchange: Exchange, request: DispatchRequest) -> DispatchOutcome:
     if request.num_tokens_per_expert is not None:
         posted.append(Field(request.num_tokens_per_expert[None], to_all(1, size)))
     operation, agreed = agreed_for_dispatch(request)
-    ticket = exchange.post(operation, Ring.THROUGHPUT, agreed, posted, num_tokens=len(request.x))
+    ticket = exchange.post(operation, Ring.THROUGHPUT, agreed, posted)
     with exchange.collect(ticket) as delivery:
-        counts = np.stack([delivery.counts[r][0] for r in range(size)])
+        counts = np.stack([delivery.routes[r][0, 0] for r in range(size)])
         kept = surviving_counts(counts, request.num_worst_tokens)[:, rank]
         num_received = int(kept.sum())
         received = ReceivedRows(fields, request.num_worst_tokens or num_received, num_received)
