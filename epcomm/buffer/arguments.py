@@ -36,7 +36,7 @@ _INDEX_DTYPES = (INT32, np.dtype(np.int64))
 
 def rows_argument(x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], ndim: int = 2) -> ArrayView:
     view = import_array(x, name)
-    require(view, name, dtypes=dtypes, ndim=ndim, aligned=bool(np.prod(view.shape)))
+    require(view, name, dtypes=dtypes, ndim=ndim, aligned=True)
     row_bytes = view.shape[-1] * view.dtype.itemsize
     if row_bytes == 0 or row_bytes % _ROW_UNIT:
         raise ShapeError(

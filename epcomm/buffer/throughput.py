@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.arrays import export_array, framework_of
@@ -157,7 +158,7 @@ class ThroughputOperations(BufferCore):
     ) -> DispatchResult:
         register_pytrees()
         self._counters["dispatch_calls"] += 1
-        self._counters["rows_sent"] += int(request.is_token_in_rank.sum())
+        self._counters["rows_sent"] += int(np.count_nonzero(request.is_token_in_rank))
         self._counters["rows_received"] += len(outcome.recv_src_idx)
         if outcome.num_dropped:
             self._record_dropped(outcome.num_dropped, request.num_worst_tokens)

@@ -82,17 +82,17 @@ def dispatch_request(
     per_expert = array_argument(num_tokens_per_expert, "num_tokens_per_expert", (INT32,), (None,))
     num_experts = len(per_expert)
     check_num_experts(num_experts, num_ranks)
-    _check_counts("num_tokens_per_rank", per_rank, mask.sum(axis=0))
+    _check_counts("num_tokens_per_rank", per_rank, _column_counts(mask))
     if num_tokens_per_rdma_rank is not None:
         per_node = array_argument(num_tokens_per_rdma_rank, "num_tokens_per_rdma_rank", (INT32,), (num_nodes,))
         in_node = mask.reshape(num_tokens, num_nodes, num_ranks // num_nodes).any(axis=2)
-        _check_counts("num_tokens_per_rdma_rank", per_node, in_node.sum(axis=0))
+        _check_counts("num_tokens_per_rdma_rank", per_node, _column_counts(np.asarray(in_node)))
     indices = weights = None
     if topk_idx is not None:
         indices = topk_indices(topk_idx, num_tokens, num_experts, check).numpy()
         if check:
             chosen = np.bincount(indices[indices >= 0], minlength=num_experts)
-            _check_counts("num_tokens_per_expert", per_expert, chosen)
+            _check_counts("num_tokens_per_expert", per_expert, chosen.tolist())
     if topk_weights is not None:
         if indices is None:
             raise InputError("topk_weights", got="weights without topk_idx", wanted="both or neither")
@@ -181,11 +181,16 @@ def _scales(scales: Any, num_tokens: int) -> NDArray[Any]:
     return view.numpy()
 
 
-def _check_counts(name: str, got: NDArray[Any], wanted: NDArray[Any]) -> None:
-    if not np.array_equal(got, wanted):
+def _column_counts(mask: NDArray[np.bool_]) -> list[int]:
+    """Set entries of each column; for few columns in half the time of ``mask.sum(axis=0)``."""
+    return [int(np.count_nonzero(column)) for column in mask.T]
+
+
+def _check_counts(name: str, got: NDArray[Any], wanted: list[int]) -> None:
+    if got.tolist() != wanted:
         raise RoutingError(
             name,
             got=str(got.tolist()[:16]),
-            wanted=str(wanted.tolist()[:16]),
+            wanted=str(wanted[:16]),
             do="pass what get_dispatch_layout returned for this topk_idx",
         )
