@@ -50,6 +50,8 @@ class Delivery:
         self._exchange, self._ticket = exchange, ticket
         self.headers, self.routes, self.waited_s = headers, routes, waited_s
         self._rank = exchange.comm.rank
+        # Counts and first rows for this rank, as Python numbers: they are asked for again and again.
+        self._own_routes = {source: table[:, :, self._rank].tolist() for source, table in routes.items()}
         self._windows: dict[int, Bytes] = {}
         self._packed: dict[int, PackedRows] = {}
         self._indices: dict[tuple[int, int], NDArray[np.int32]] = {}
@@ -112,7 +114,7 @@ class Delivery:
 
     def count(self, source: int, select: int = 0) -> int:
         """Number of rows that `source` selected for this rank."""
-        return int(self.routes[source][0, select, self._rank]) if source in self.routes else 0
+        return int(self._own_routes[source][0][select]) if source in self._own_routes else 0
 
     def indices(self, source: int, select: int = 0) -> NDArray[np.int32]:
         """Row numbers, at the source, of the rows that it selected by index for this rank."""
@@ -130,7 +132,7 @@ class Delivery:
 
     def _begin(self, source: int, select: int) -> int:
         """First of the selection's rows, or of its indices, that are for this rank."""
-        return int(self.routes[source][1, select, self._rank])
+        return int(self._own_routes[source][1][select])
 
     def rows(self, source: int, field: int, span: slice = slice(None), out: Bytes | None = None) -> Bytes:
         """Rows `span` of those that `source` selected for this rank, as bytes ``[num_rows, row_bytes]``.

@@ -180,7 +180,7 @@ class Exchange:
             except OSError:
                 window, by_message = None, True  # all ranks see this and use messages for this call
             else:
-                self._fill(window, fields, places, selections, selects)
+                self._fill(window, operation, fields, places, selections, selects)
         Header(
             sequence,
             operation,
@@ -204,6 +204,7 @@ class Exchange:
     def _fill(
         self,
         window: OwnWindow,
+        operation: Operation,
         fields: Sequence[Field],
         places: Sequence[int],
         selections: Sequence[Selection],
@@ -212,7 +213,7 @@ class Exchange:
         """Copy rows and indices to where `describe` put them."""
         for f, start in zip(fields, places[::4], strict=True):
             num_bytes = f.num_rows * f.row_bytes
-            if num_bytes == 0 or window.holds(f.rows, start):
+            if num_bytes == 0 or (operation in _IN_PLACE and window.holds(f.rows, start)):
                 continue  # zero copy: the caller wrote these rows in place
             target = window.bytes[start : start + num_bytes]
             for span in f.spans_for_others(self.comm.rank):

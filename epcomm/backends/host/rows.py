@@ -78,11 +78,11 @@ class OrderedSum:
         # By part and block, where the block's tokens begin in the list of single ones.
         bounds = np.minimum(np.arange(0, num_tokens + step, step), num_tokens)
         cuts = np.searchsorted(self._single, np.arange(len(parts))[:, None] * num_tokens + bounds).tolist()
-        acc_block = _scratch("sums", 4 * step * width).view(np.float32).reshape(step, width)
-        row_block = _scratch("rows", dtype.itemsize * step * width).view(dtype).reshape(step, width)
+        acc = _scratch("sums", 4 * step * width).view(np.float32).reshape(step, width)
+        rows = _scratch("rows", dtype.itemsize * step * width).view(dtype).reshape(step, width)
         for number, start in enumerate(range(0, num_tokens, step)):
             block = slice(start, min(start + step, num_tokens))
-            sums = _BlockSum(acc_block[: block.stop - start], row_block[: block.stop - start])
+            sums = _BlockSum(acc[: block.stop - start], rows[: block.stop - start])
             for bias in biases:
                 sums.add(bias[block])
             for index, part in enumerate(parts):
@@ -99,7 +99,7 @@ class _BlockSum:
     """The sums of a block of tokens while they grow; `rows` is working memory."""
 
     def __init__(self, acc: NDArray[np.float32], rows: NDArray[Any]) -> None:
-        self._acc, self._rows = acc, rows
+        self._acc, self._rows, self._row_bytes = acc, rows, rows.view(np.uint8)
         self._is_zero = True  # the sums are +0, which is not written yet
 
     def add(self, rows: NDArray[Any]) -> None:
@@ -111,12 +111,9 @@ class _BlockSum:
         """Add ``part[row[t]]`` to the sum of token t, but not to those of tokens `without`."""
         # Sums start at +0 and so are never -0: adding +0 changes no bit. One dense addition costs a third of an
         # indexed one.
-        gathered = self._rows.view(np.uint8)
-        part.take(row, axis=0, out=gathered, mode="clip")
+        part.take(row, axis=0, out=self._row_bytes, mode="clip")
         if len(without):
-            # Whole rows as elements: half the time of an assignment to the elements of rows.
-            row_type = np.dtype((np.void, gathered.shape[1]))
-            gathered.view(row_type)[without] = np.zeros((), row_type)
+            self._row_bytes[without] = 0
         self.add(self._rows)
 
     def add_only(self, part: NDArray[np.uint8], row: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
