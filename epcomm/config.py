@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from epcomm.errors import ShapeError
@@ -119,11 +120,13 @@ def _from_table(table: dict[int, tuple[int, int, int, int]], num_ranks: int, num
     return Config(num_sms, *row)
 
 
+@functools.lru_cache(maxsize=64)  # every call of dispatch asks
 def dispatch_config(num_ranks: int, num_sms: int) -> Config:
     """Recommended dispatch configuration for any number of ranks (the next larger row of the table)."""
     return _from_table(_DISPATCH, num_ranks, num_sms)
 
 
+@functools.lru_cache(maxsize=64)
 def combine_config(num_ranks: int, num_sms: int) -> Config:
     """Recommended combine configuration for any number of ranks (the next larger row of the table)."""
     return _from_table(_COMBINE, num_ranks, num_sms)

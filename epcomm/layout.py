@@ -7,17 +7,20 @@ All offsets are computed here and nowhere else.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
-
 __all__ = [
     "ALIGNMENT",
-    "HEADER",
+    "HEADER_BYTES",
+    "HEADER_NUMBERS",
+    "HEADER_TEXTS",
     "MAX_AGREED",
     "MAX_FIELDS",
+    "MAX_NAME",
     "MAX_SELECTS",
+    "MAX_TEXT",
     "NUM_SLOTS",
     "ControlLayout",
     "Ring",
@@ -29,6 +32,8 @@ NUM_SLOTS = 2  # calls of one ring that may be under way at once
 MAX_FIELDS = 8
 MAX_SELECTS = 2
 MAX_AGREED = 16
+MAX_NAME = 256  # bytes of a window's name
+MAX_TEXT = 1024  # bytes of the reason of a rejection
 
 
 class Ring(IntEnum):
@@ -45,29 +50,12 @@ def align(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-_FIELD = np.dtype([("offset", "<i8"), ("num_rows", "<i8"), ("row_bytes", "<i8"), ("select", "<i8")])
-_SELECT = np.dtype([("indexed", "<i8"), ("begin_offset", "<i8"), ("index_offset", "<i8")])
-
-# What a rank says about its part of a call. `agreed` must be equal on all ranks; `status` is 0, or 1 when the
-# rank rejected its own input, with the reason in `text`; `messages` is 1 when the payload does not fit into
-# shared memory and has to travel by messages.
-HEADER = np.dtype(
-    [
-        ("sequence", "<i8"),
-        ("operation", "<i8"),
-        ("status", "<i8"),
-        ("messages", "<i8"),
-        ("grew", "<i8"),
-        ("window", "<i8"),
-        ("window_bytes", "<i8"),
-        ("num_tokens", "<i8"),
-        ("agreed", "<i8", MAX_AGREED),
-        ("fields", _FIELD, MAX_FIELDS),
-        ("selects", _SELECT, MAX_SELECTS),
-        ("window_name", "S256"),
-        ("text", "S1024"),
-    ]
-)
+# What a rank says about its part of a call, `backends.host.header.Header`: numbers, then two texts of the lengths that
+# are among the numbers. One `struct` each way: a call reads the headers of all ranks, and a NumPy record costs more for
+# every single field.
+HEADER_NUMBERS = struct.Struct(f"<{8 + MAX_AGREED + 4 * MAX_FIELDS + 2 * MAX_SELECTS}q")
+HEADER_TEXTS = (HEADER_NUMBERS.size, HEADER_NUMBERS.size + MAX_NAME)  # where the texts start
+HEADER_BYTES = HEADER_NUMBERS.size + MAX_NAME + MAX_TEXT
 
 
 @dataclass(frozen=True)
@@ -75,8 +63,8 @@ class ControlLayout:
     """Offsets inside a control segment for a job of `num_ranks` ranks.
 
     Words, one a line: `closed`, `gave_up`, then for each (ring, slot) `posted`, `opened` and `done`. Each word
-    has one writer, the owner of the segment, and only ever grows. A header cell is a `HEADER` followed by
-    int64 ``[MAX_SELECTS, num_ranks]``, the rows of each selection that go to each rank.
+    has one writer, the owner of the segment, and only ever grows. A header cell is `HEADER_BYTES` followed by
+    int64 ``[2, MAX_SELECTS, num_ranks]``: for each selection how many rows go to each rank, and the first of them.
     """
 
     num_ranks: int
@@ -98,12 +86,12 @@ class ControlLayout:
         return self.posted(ring, slot) + 2 * ALIGNMENT
 
     @property
-    def counts_bytes(self) -> int:
-        return MAX_SELECTS * self.num_ranks * 8
+    def routes_bytes(self) -> int:
+        return 2 * MAX_SELECTS * self.num_ranks * 8
 
     @property
     def cell_bytes(self) -> int:
-        return align(HEADER.itemsize + self.counts_bytes)
+        return align(HEADER_BYTES + self.routes_bytes)
 
     def cell(self, ring: Ring, slot: int) -> int:
         words = 2 + 3 * len(Ring) * NUM_SLOTS

@@ -25,6 +25,7 @@ __all__ = [
     "cast_fp8",
     "num_packed_scales",
     "round_to",
+    "start_sum",
 ]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -43,6 +44,11 @@ def accumulate(acc: NDArray[np.float32], rows: NDArray[Any]) -> None:
     """``acc += float32(rows)``, elementwise and exact in the conversion."""
     # The ufunc converts bfloat16 and float16 in cache-sized pieces: half the time of a converted copy.
     np.add(acc, rows, out=acc)
+
+
+def start_sum(acc: NDArray[np.float32], rows: NDArray[Any]) -> None:
+    """``acc = +0 + float32(rows)``: the first step of a sum, in which -0 becomes +0."""
+    np.add(rows, 0, out=acc, dtype=np.float32)
 
 
 def accumulate_weighted(acc: NDArray[np.float32], weights: NDArray[np.float32], rows: NDArray[Any]) -> None:

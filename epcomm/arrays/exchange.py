@@ -107,10 +107,8 @@ def _import_numpy(x: NDArray[Any], name: str, writable: bool) -> ArrayView:
     _check_dtype(name, dtype)
     if writable and not x.flags.writeable:
         raise _read_only(name)
-    interface = x.__array_interface__
     strides = _in_elements(name, x.strides, dtype.itemsize)
-    pointer, readonly = interface["data"]
-    return ArrayView("numpy", pointer, x.shape, strides, dtype, (CPU, 0), readonly, x)
+    return ArrayView("numpy", x.ctypes.data, x.shape, strides, dtype, (CPU, 0), not x.flags.writeable, x)
 
 
 def _import_torch(x: Any, name: str, writable: bool) -> ArrayView:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.errors import PeerTimeout
-from epcomm.layout import HEADER, MAX_SELECTS, ControlLayout, Ring
+from epcomm.layout import HEADER_BYTES, MAX_SELECTS, ControlLayout, Ring
 
 __all__ = ["Control", "Patience"]
 
@@ -75,7 +75,7 @@ class Control:
         self.timeout_s, self._check_job = timeout_s, check_job
         words = layout.cell(Ring.THROUGHPUT, 0)
         self._words = {r: segment[:words].data.cast("q") for r, segment in segments.items()}
-        self._cells: dict[tuple[int, Ring, int], tuple[NDArray[np.void], NDArray[np.int64]]] = {}
+        self._cells: dict[tuple[int, Ring, int], tuple[memoryview, NDArray[np.int64]]] = {}
         self._lock = threading.Lock()
         self._lock.acquire()
 
@@ -89,16 +89,16 @@ class Control:
         self._lock.release()
         self._lock.acquire()
 
-    def cell(self, rank: int, ring: Ring, slot: int) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-        """A rank's header cell, as a 0-d structured view, and the int64 ``[MAX_SELECTS, num_ranks]`` beside it."""
+    def cell(self, rank: int, ring: Ring, slot: int) -> tuple[memoryview, NDArray[np.int64]]:
+        """The bytes of a rank's header and the int64 ``[2, MAX_SELECTS, num_ranks]`` beside it."""
         key = (rank, ring, slot)
         if key not in self._cells:
             start = self._layout.cell(ring, slot)
-            counts = start + HEADER.itemsize
+            routes = start + HEADER_BYTES
             segment = self._segments[rank]
             self._cells[key] = (
-                segment[start:counts].view(HEADER).reshape(()),
-                segment[counts : counts + self._layout.counts_bytes].view(np.int64).reshape(MAX_SELECTS, -1),
+                segment[start:routes].data,
+                segment[routes : routes + self._layout.routes_bytes].view(np.int64).reshape(2, MAX_SELECTS, -1),
             )
         return self._cells[key]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.backends.host.fields import as_bytes
-from epcomm.backends.host.header import check_headers
+from epcomm.backends.host.header import Header, check_headers
 from epcomm.backends.host.messages import PackedRows
 from epcomm.errors import BootstrapError, BufferStateError, EpcommError, PeerTimeout
 
@@ -31,7 +31,8 @@ class Delivery:
 
     Attributes:
         headers: by rank; masked ranks are missing.
-        counts: by rank, int64 ``[MAX_SELECTS, num_ranks]``, rows of each selection for each rank.
+        routes: by rank, int64 ``[2, MAX_SELECTS, num_ranks]``: for each selection how many rows go to each rank, and
+            the first of them.
         waited_s: float64 ``[num_ranks]``, seconds until each rank's post was seen.
 
     Raises:
@@ -42,13 +43,15 @@ class Delivery:
         self,
         exchange: Exchange,
         ticket: Ticket,
-        headers: Mapping[int, NDArray[np.void]],
-        counts: Mapping[int, NDArray[np.int64]],
+        headers: Mapping[int, Header],
+        routes: Mapping[int, NDArray[np.int64]],
         waited_s: NDArray[np.float64],
     ) -> None:
         self._exchange, self._ticket = exchange, ticket
-        self.headers, self.counts, self.waited_s = headers, counts, waited_s
+        self.headers, self.routes, self.waited_s = headers, routes, waited_s
         self._rank = exchange.comm.rank
+        # Counts and first rows for this rank, as Python numbers: they are asked for again and again.
+        self._own_routes = {source: table[:, :, self._rank].tolist() for source, table in routes.items()}
         self._windows: dict[int, Bytes] = {}
         self._packed: dict[int, PackedRows] = {}
         self._indices: dict[tuple[int, int], NDArray[np.int32]] = {}
@@ -57,7 +60,7 @@ class Delivery:
         try:
             self._map_new_windows()
             check_headers(self._ticket.operation, self._rank, self.headers)
-            if not any(header["status"] for header in self.headers.values()):
+            if not any(header.rejection for header in self.headers.values()):
                 self._receive()
         except EpcommError as error:
             self.__exit__(type(error), error, None)
@@ -73,28 +76,27 @@ class Delivery:
 
     def _receive(self) -> None:
         exchange = self._exchange
-        all_by_message = any(header["messages"] for header in self.headers.values())
+        all_by_message = any(header.messages for header in self.headers.values())
         by_message = [all_by_message or rank not in exchange.shared for rank in range(exchange.comm.size)]
         for rank, header in self.headers.items():
-            if not by_message[rank] and header["window_bytes"]:
+            if not by_message[rank] and header.window_bytes:
                 self._windows[rank] = self._map(rank, header)
         if any(by_message):
             self._packed = exchange.messages.rows(
-                self._ticket.operation.label, self._ticket.fields, self.headers, self.counts, by_message
+                self._ticket.operation.label, self._ticket.fields, self.headers, self.routes, by_message
             )
 
     def _map_new_windows(self) -> None:
         """Map what grew, also in a call that is about to fail: the names go at its end."""
         for rank in self._exchange.shared:
-            if rank in self.headers and self.headers[rank]["grew"]:
+            if rank in self.headers and self.headers[rank].grew:
                 self._map(rank, self.headers[rank])
 
-    def _map(self, rank: int, header: NDArray[np.void]) -> Bytes:
+    def _map(self, rank: int, header: Header) -> Bytes:
         windows = self._exchange.peer_windows
         assert windows is not None
-        name, num_bytes = header["window_name"].item().decode(), int(header["window_bytes"])
         try:
-            return windows.get(rank, int(header["window"]), name, num_bytes)
+            return windows.get(rank, header.window, header.window_name, header.window_bytes)
         except OSError as error:
             control = self._exchange.control
             gave_up = control is not None and control.gave_up(rank)
@@ -112,7 +114,7 @@ class Delivery:
 
     def count(self, source: int, select: int = 0) -> int:
         """Number of rows that `source` selected for this rank."""
-        return int(self.counts[source][select, self._rank]) if source in self.counts else 0
+        return int(self._own_routes[source][0][select]) if source in self._own_routes else 0
 
     def indices(self, source: int, select: int = 0) -> NDArray[np.int32]:
         """Row numbers, at the source, of the rows that it selected by index for this rank."""
@@ -120,16 +122,17 @@ class Delivery:
             return self._packed[source].indices(select)
         key = (source, select)
         if key not in self._indices:
-            _, _, index_offset = self.headers[source]["selects"][select].item()
-            count = self.count(source, select)
-            start = index_offset + 4 * self._begin(source, select) if count else 0
-            self._indices[key] = self._windows[source][start : start + 4 * count].view(np.int32) if count else _NOTHING
+            indices, count = _NOTHING, self.count(source, select)
+            if count:
+                _, offset = self.headers[source].select(select)
+                start = offset + 4 * self._begin(source, select)
+                indices = self._windows[source][start : start + 4 * count].view(np.int32)
+            self._indices[key] = indices
         return self._indices[key]
 
     def _begin(self, source: int, select: int) -> int:
         """First of the selection's rows, or of its indices, that are for this rank."""
-        begin_offset = int(self.headers[source]["selects"][select]["begin_offset"]) + 8 * self._rank
-        return int(self._windows[source][begin_offset : begin_offset + 8].view(np.int64)[0])
+        return int(self._own_routes[source][1][select])
 
     def rows(self, source: int, field: int, span: slice = slice(None), out: Bytes | None = None) -> Bytes:
         """Rows `span` of those that `source` selected for this rank, as bytes ``[num_rows, row_bytes]``.
@@ -142,7 +145,7 @@ class Delivery:
         if source in self._packed:
             rows = self._packed[source].field(field)[span]
         else:
-            offset, num_rows, row_bytes, select = self.headers[source]["fields"][field].item()
+            offset, num_rows, row_bytes, select = self.headers[source].field(field)
             count = self.count(source, select)
             if count == 0:
                 rows = np.empty((0, row_bytes), np.uint8)
@@ -151,7 +154,7 @@ class Delivery:
                     rows = as_bytes(self._ticket.fields[field].rows)
                 else:
                     rows = self._windows[source][offset : offset + num_rows * row_bytes].reshape(num_rows, row_bytes)
-                if self.headers[source]["selects"][select]["indexed"]:
+                if self.headers[source].select(select)[0]:
                     # mode="clip" lets take write straight into `out`; the indices are in range.
                     return rows.take(self.indices(source, select)[span], axis=0, out=out, mode="clip")
                 begin = self._begin(source, select)

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from epcomm.backends.host.control import Control
 from epcomm.backends.host.delivery import Delivery
-from epcomm.backends.host.fields import Field, describe, selections_of
-from epcomm.backends.host.header import Operation, write_header
+from epcomm.backends.host.fields import Field, Selection, describe, selections_of
+from epcomm.backends.host.header import Header, Operation, agreed_values
 from epcomm.backends.host.messages import MessageTransport
 from epcomm.backends.host.windows import OwnWindow, PeerWindows
 from epcomm.bootstrap import Communicator
 from epcomm.errors import BufferStateError, EpcommError, PeerTimeout, RingFull
-from epcomm.layout import HEADER, MAX_SELECTS, NUM_SLOTS, Ring
+from epcomm.layout import HEADER_BYTES, MAX_NAME, MAX_SELECTS, NUM_SLOTS, Ring
 from epcomm.memory import SegmentStore
 
 __all__ = ["Exchange", "Ticket"]
@@ -39,8 +39,8 @@ class Ticket:
     ring: Ring
     sequence: int
     fields: Sequence[Field]
-    header: NDArray[np.void]
-    counts: NDArray[np.int64]
+    cell: memoryview
+    routes: NDArray[np.int64]
     window: OwnWindow | None
 
     @property
@@ -109,10 +109,17 @@ class Exchange:
         """
         if self._store is None:
             raise OSError("ranks share no memory")
-        sequence = self._free_slot(ring, operation)
+        return self._window(ring, operation, self._free_slot(ring, operation), num_bytes)
+
+    def _window(self, ring: Ring, operation: Operation, sequence: int, num_bytes: int) -> OwnWindow:
+        """The window of post `sequence`, whose slot is free. Raises OSError when there is no room for it."""
+        if self._store is None:
+            raise OSError("ranks share no memory")
         # Combines have windows of their own: users write into them while other calls run.
         key = (ring, operation in _IN_PLACE, sequence % NUM_SLOTS)
-        window = self._windows.setdefault(key, OwnWindow(self._store, len(self._windows)))
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = OwnWindow(self._store, len(self._windows))
         window.reserve(num_bytes)
         return window
 
@@ -142,62 +149,79 @@ class Exchange:
         agreed: Mapping[str, int],
         fields: Sequence[Field],
         *,
-        num_tokens: int = 0,
         rejection: str = "",
     ) -> Ticket:
         """Send half: copy `fields` into this rank's window and announce them. Waits only for a free slot.
 
         Args:
             agreed: the values that `header.AGREED` names for the operation.
-            num_tokens: this rank's number of tokens.
             rejection: why this rank rejects its input; then there are no fields.
         """
         sequence = self._free_slot(ring, operation)
         slot = sequence % NUM_SLOTS
         if self.control is not None:
-            header, counts = self.control.cell(self.comm.rank, ring, slot)
+            cell, routes = self.control.cell(self.comm.rank, ring, slot)
         else:
-            header, counts = np.zeros((), HEADER), np.zeros((MAX_SELECTS, self.comm.size), np.int64)
-        write_header(header, operation, sequence, agreed, num_tokens, rejection)
-        counts[...] = 0
-        for index, selection in enumerate(selections_of(fields)):
-            counts[index] = selection.counts
+            cell, routes = memoryview(bytearray(HEADER_BYTES)), np.zeros((2, MAX_SELECTS, self.comm.size), np.int64)
+        selections = selections_of(fields)
+        assert len(selections) <= MAX_SELECTS
+        routes[:, len(selections) :] = 0
+        for index, selection in enumerate(selections):
+            routes[0, index], routes[1, index] = selection.counts, selection.begin
         if ring in _MASKED_RINGS:
-            counts[:, self.masked] = 0  # also a rank that does not know that it is masked must read nothing
-        num_bytes = describe(header, fields)
-        window = None
+            routes[:, :, self.masked] = 0  # also a rank that does not know that it is masked must read nothing
+        places, selects, num_bytes = describe(fields, selections)
+        window, by_message = None, False
         if fields:
             try:
-                window = self.next_window(ring, operation, num_bytes)
-                self._fill(window, header, fields)
+                window = self._window(ring, operation, sequence, num_bytes)
+                if len(window.name.encode()) > MAX_NAME:
+                    raise OSError(errno.ENAMETOOLONG, "too long for a header", window.name)
             except OSError:
-                # All ranks see this and use messages for this call.
-                header["messages"] = 1
+                window, by_message = None, True  # all ranks see this and use messages for this call
+            else:
+                self._fill(window, operation, fields, places, selections, selects)
+        Header(
+            sequence,
+            operation,
+            by_message,
+            window is not None and window.unread_name,
+            window.index if window is not None else 0,
+            window.bytes.size if window is not None else 0,
+            () if rejection else agreed_values(operation, agreed),
+            tuple(places),
+            tuple(selects),
+            window.name if window is not None else "",
+            rejection,
+        ).write(cell)
         state = self._rings[ring]
         state.next_sequence = sequence + 1
         state.in_flight.add(sequence)
         if self.control is not None:
             self.control.publish(ring, slot, sequence)
-        return Ticket(operation, ring, sequence, fields, header, counts, window)
+        return Ticket(operation, ring, sequence, fields, cell, routes, window)
 
-    def _fill(self, window: OwnWindow, header: NDArray[np.void], fields: Sequence[Field]) -> None:
-        if len(name := window.name.encode()) > HEADER["window_name"].itemsize:
-            raise OSError(errno.ENAMETOOLONG, "too long for a header", window.name)
-        header["window"], header["window_name"] = window.index, name
-        header["window_bytes"], header["grew"] = window.bytes.size, window.unread_name
-        for f, place in zip(fields, header["fields"], strict=False):
-            start, num_bytes = int(place["offset"]), f.num_rows * f.row_bytes
-            if num_bytes == 0 or window.holds(f.rows, start):
+    def _fill(
+        self,
+        window: OwnWindow,
+        operation: Operation,
+        fields: Sequence[Field],
+        places: Sequence[int],
+        selections: Sequence[Selection],
+        selects: Sequence[int],
+    ) -> None:
+        """Copy rows and indices to where `describe` put them."""
+        for f, start in zip(fields, places[::4], strict=True):
+            num_bytes = f.num_rows * f.row_bytes
+            if num_bytes == 0 or (operation in _IN_PLACE and window.holds(f.rows, start)):
                 continue  # zero copy: the caller wrote these rows in place
-            target = window.bytes[start : start + num_bytes].view(f.rows.dtype).reshape(f.rows.shape)
+            target = window.bytes[start : start + num_bytes]
             for span in f.spans_for_others(self.comm.rank):
-                np.copyto(target[span], f.rows[span])
+                f.copy_to(target, span)
                 self.num_bytes_copied += (span.stop - span.start) * f.row_bytes
-        for s, place in zip(selections_of(fields), header["selects"], strict=False):
-            _, begin, index = place.item()
-            window.bytes[begin : begin + s.begin.nbytes].view(np.int64)[:] = s.begin
+        for s, start in zip(selections, selects[1::2], strict=True):
             if s.indices is not None:
-                window.bytes[index : index + s.indices.nbytes].view(np.int32)[:] = s.indices
+                window.bytes[start : start + s.indices.nbytes].view(np.int32)[:] = s.indices
 
     def collect(self, ticket: Ticket) -> Delivery:
         """Receive half: wait for the peers' posts. Use the result in a ``with`` block; leaving it lets the peers
@@ -215,7 +239,7 @@ class Exchange:
             )
         waited_s = np.zeros(self.comm.size)
         if not self.one_host or self.control is None:
-            received, tables = self.messages.headers(ticket.operation.label, ticket.header, ticket.counts)
+            received, tables = self.messages.headers(ticket.operation.label, ticket.cell, ticket.routes)
             return Delivery(self, ticket, dict(enumerate(received)), dict(enumerate(tables)), waited_s)
         control, ring, slot = self.control, ticket.ring, ticket.slot
 
@@ -229,10 +253,10 @@ class Exchange:
         present = self._awaited(ring)
         self._check_in_step(ticket, present)
         cells = {rank: control.cell(rank, ring, slot) for rank in present}
-        headers = {rank: header for rank, (header, _) in cells.items()}
-        return Delivery(self, ticket, headers, {rank: counts for rank, (_, counts) in cells.items()}, waited_s)
+        headers = {rank: Header.read(cell) for rank, (cell, _) in cells.items()}
+        return Delivery(self, ticket, headers, {rank: routes for rank, (_, routes) in cells.items()}, waited_s)
 
-    def finish(self, ticket: Ticket, headers: Mapping[int, NDArray[np.void]]) -> None:
+    def finish(self, ticket: Ticket, headers: Mapping[int, Header]) -> None:
         """End of a call: windows that grew lose their names, the peers' slots are free again."""
         # Before anything else: who was left behind need not wait for peers that will never answer.
         self._check_in_step(ticket, headers)
@@ -240,7 +264,7 @@ class Exchange:
         control, ring, slot = self.control, ticket.ring, ticket.slot
         if control is None:
             return
-        grew = [rank for rank in self.shared if rank in headers and headers[rank]["grew"]]
+        grew = [rank for rank in self.shared if rank in headers and headers[rank].grew]
         if grew:
             control.set_opened(ring, slot, ticket.sequence)
         if self.comm.rank in grew and ticket.window is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.layout import MAX_FIELDS, MAX_SELECTS, align
+from epcomm.layout import align
 
 __all__ = ["Field", "Selection", "as_bytes", "by_index", "by_range", "describe", "selections_of", "to_all"]
 
@@ -80,6 +80,14 @@ class Field:
         begin, count = int(self.selection.begin[rank]), int(self.selection.counts[rank])
         return [slice(0, begin), slice(begin + count, self.num_rows)]
 
+    def copy_to(self, target: Bytes, span: slice) -> None:
+        """Write rows `span` to their place in `target`, the bytes of all rows."""
+        if self.rows.flags.c_contiguous:
+            place = slice(span.start * self.row_bytes, span.stop * self.row_bytes)
+            target[place] = self.rows.reshape(-1).view(np.uint8)[place]
+        else:
+            target.view(self.rows.dtype).reshape(self.rows.shape)[span] = self.rows[span]
+
     def pack(self, rank: int) -> Bytes:
         """Bytes of the rows for one rank, contiguous."""
         rows = np.ascontiguousarray(self.rows[self.selection.rows_for(rank)])
@@ -91,17 +99,20 @@ def selections_of(fields: Sequence[Field]) -> list[Selection]:
     return list(dict.fromkeys(f.selection for f in fields))
 
 
-def describe(header: NDArray[np.void], fields: Sequence[Field]) -> int:
-    """Lay fields and selections out one after the other, write the offsets into `header`; returns the total bytes."""
-    selections = selections_of(fields)
-    assert len(fields) <= MAX_FIELDS
-    assert len(selections) <= MAX_SELECTS
+def describe(fields: Sequence[Field], selections: Sequence[Selection]) -> tuple[list[int], list[int], int]:
+    """Lay fields and the indices of their selections out one after the other.
+
+    Returns:
+        `Header.fields`, `Header.selects` and the total bytes.
+    """
+    places: list[int] = []
+    selects: list[int] = []
     offset = 0
-    for index, f in enumerate(fields):
-        header["fields"][index] = (offset, f.num_rows, f.row_bytes, selections.index(f.selection))
-        offset += align(f.num_rows * f.row_bytes)
-    for index, s in enumerate(selections):
-        index_offset = offset + align(s.begin.nbytes)
-        header["selects"][index] = (s.indices is not None, offset, index_offset)
-        offset = index_offset + align(0 if s.indices is None else s.indices.nbytes)
-    return offset
+    for f in fields:
+        num_rows, row_bytes = f.num_rows, f.row_bytes
+        places += (offset, num_rows, row_bytes, selections.index(f.selection))
+        offset += align(num_rows * row_bytes)
+    for s in selections:
+        selects += (s.indices is not None, offset)
+        offset += align(0 if s.indices is None else s.indices.nbytes)
+    return places, selects, offset

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from epcomm.errors import PeerError, RankMismatch
-from epcomm.layout import HEADER, MAX_AGREED
+from epcomm.layout import (
+    HEADER_NUMBERS,
+    HEADER_TEXTS,
+    MAX_AGREED,
+    MAX_FIELDS,
+    MAX_NAME,
+    MAX_SELECTS,
+    MAX_TEXT,
+)
 from epcomm.numerics import ROW_DTYPES
 
-__all__ = ["Operation", "check_headers", "dtype_code", "write_header"]
+__all__ = ["Header", "Operation", "agreed_values", "check_headers", "dtype_code"]
 
 
 class Operation(IntEnum):
@@ -49,7 +57,7 @@ _LABELS = {
     Operation.BARRIER: "barrier",
 }
 
-# Names of the values that must agree, by operation, in the order of HEADER["agreed"].
+# Names of the values that must agree, by operation, in the order of `Header.agreed`.
 _PAYLOAD = ("hidden", "dtype", "num_scales", "scales_itemsize")
 _CONFIG = ("config nvl_send", "config nvl_recv", "config rdma_send", "config rdma_recv")
 _LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
@@ -75,29 +83,96 @@ AGREED: dict[Operation, tuple[str, ...]] = {
 }
 
 
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
+
+
 def dtype_code(dtype: np.dtype[np.generic]) -> int:
     """Number of a row dtype in headers."""
-    return ROW_DTYPES.index(dtype)
+    return _DTYPE_CODES[dtype]
 
 
-def write_header(
-    header: NDArray[np.void],
-    operation: Operation,
-    sequence: int,
-    agreed: Mapping[str, int],
-    num_tokens: int,
-    rejection: str,
-) -> None:
-    """Fill a header cell; `rejection` is empty, or why this rank rejects its own input."""
-    header[...] = np.zeros((), HEADER)
-    header["sequence"], header["operation"], header["num_tokens"] = sequence, operation, num_tokens
-    header["status"] = bool(rejection)
-    if rejection:
-        header["text"] = rejection.encode()[: HEADER["text"].itemsize].decode(errors="ignore").encode()
-    else:
-        values = [agreed[name] for name in AGREED[operation]]
-        header["agreed"][: len(values)] = values
-    assert len(AGREED[operation]) <= MAX_AGREED
+_NO_NUMBERS = (0,) * max(MAX_AGREED, 4 * MAX_FIELDS)
+_NAME, _TEXT = HEADER_TEXTS
+
+
+class Header(NamedTuple):
+    """What a rank says about its part of a call.
+
+    Attributes:
+        sequence: number of the call in its ring.
+        operation: an `Operation`.
+        messages: 1 when the payload does not fit into shared memory and has to travel by messages.
+        grew: 1 when peers have not mapped the window yet.
+        window, window_bytes, window_name: where the payload lies; 0 and empty when there is none.
+        agreed: values that must be equal on all ranks, see `agreed_values`.
+        fields: four numbers for each field: offset in the window, rows, bytes of a row, its selection.
+        selects: two numbers for each selection: whether it has indices, and their offset in the window.
+        rejection: why the rank rejects its own input; empty when it does not.
+    """
+
+    sequence: int
+    operation: int
+    messages: int
+    grew: int
+    window: int
+    window_bytes: int
+    agreed: tuple[int, ...]
+    fields: tuple[int, ...]
+    selects: tuple[int, ...]
+    window_name: str
+    rejection: str
+
+    def field(self, index: int) -> tuple[int, ...]:
+        """Offset, rows, bytes of a row and selection of a field; zeros past the last one."""
+        return self.fields[4 * index : 4 * index + 4]
+
+    def select(self, index: int) -> tuple[int, ...]:
+        """Whether a selection has indices, and their offset; zeros past the last one."""
+        return self.selects[2 * index : 2 * index + 2]
+
+    def write(self, cell: memoryview) -> None:
+        """Write into a header cell, `layout.HEADER_BYTES` long."""
+        name = self.window_name.encode()
+        text = self.rejection.encode(errors="replace")[:MAX_TEXT]
+        assert len(name) <= MAX_NAME
+        numbers = [*self[:6], len(name), len(text)]
+        for values, width in (
+            (self.agreed, MAX_AGREED),
+            (self.fields, 4 * MAX_FIELDS),
+            (self.selects, 2 * MAX_SELECTS),
+        ):
+            assert len(values) <= width
+            numbers += values
+            numbers += _NO_NUMBERS[: width - len(values)]
+        HEADER_NUMBERS.pack_into(cell, 0, *numbers)
+        cell[_NAME : _NAME + len(name)] = name
+        cell[_TEXT : _TEXT + len(text)] = text
+
+    @classmethod
+    def read(cls, cell: memoryview) -> Header:
+        """The content of a header cell."""
+        numbers = HEADER_NUMBERS.unpack_from(cell)
+        sequence, operation, messages, grew, window, window_bytes, name, text = numbers[:8]
+        fields, selects = 8 + MAX_AGREED, 8 + MAX_AGREED + 4 * MAX_FIELDS
+        return cls(
+            sequence,
+            operation,
+            messages,
+            grew,
+            window,
+            window_bytes,
+            numbers[8:fields],
+            numbers[fields:selects],
+            numbers[selects:],
+            # A text may be cut in the middle of a character.
+            bytes(cell[_NAME : _NAME + name]).decode(errors="ignore"),
+            bytes(cell[_TEXT : _TEXT + text]).decode(errors="ignore"),
+        )
+
+
+def agreed_values(operation: Operation, agreed: Mapping[str, int]) -> tuple[int, ...]:
+    """The values that `AGREED` names for an operation, in that order."""
+    return tuple([int(agreed[name]) for name in AGREED[operation]])
 
 
 def _show(name: str, value: int) -> str:
@@ -109,27 +184,26 @@ def _by_rank(values: Mapping[int, str]) -> list[str]:
     return [values.get(rank, "masked") for rank in range(max(values) + 1)]
 
 
-def check_headers(operation: Operation, rank: int, headers: Mapping[int, NDArray[np.void]]) -> None:
+def check_headers(operation: Operation, rank: int, headers: Mapping[int, Header]) -> None:
     """Compare the headers of the ranks of a call.
 
     Raises:
         PeerError: another rank rejected its input. A rank that rejected its own raises that error itself.
         RankMismatch: the ranks made different calls, or calls with different values.
     """
-    if len({int(h["operation"]) for h in headers.values()}) > 1:
-        calls = {r: Operation(int(h["operation"])).label for r, h in headers.items()}
+    if len({h.operation for h in headers.values()}) > 1:
+        calls = {r: Operation(h.operation).label for r, h in headers.items()}
         raise RankMismatch("ranks made different calls", {"call": _by_rank(calls)})
-    rejected = {r: h["text"].item().decode() for r, h in headers.items() if h["status"]}
+    rejected = {r: h.rejection for r, h in headers.items() if h.rejection}
     if rejected:
         if rank in rejected:
             return  # its caller raises the original exception
         raise PeerError(operation.label, rejected)
-    first = next(iter(headers.values()))["agreed"].tobytes()
-    if all(h["agreed"].tobytes() == first for h in headers.values()):
+    if len({h.agreed for h in headers.values()}) <= 1:
         return
     table = {}
     for index, name in enumerate(AGREED[operation]):
-        values = {r: int(h["agreed"][index]) for r, h in headers.items()}
+        values = {r: h.agreed[index] for r, h in headers.items()}
         if len(set(values.values())) > 1:
             table[name] = _by_rank({r: _show(name, value) for r, value in values.items()})
     raise RankMismatch(f"{operation.label}: ranks disagree", table)

@@ -17,7 +17,7 @@ from epcomm.arrays import empty
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.fields import Field, Selection, as_bytes, by_index, by_range, to_all
 from epcomm.backends.host.header import Operation
-from epcomm.backends.host.rows import keep_first, reduce_rows, select_tokens
+from epcomm.backends.host.rows import OrderedSum, keep_first, select_tokens
 from epcomm.backends.host.throughput import (
     ReceivedRows,
     agreed_for_combine,
@@ -101,7 +101,7 @@ def _first_hop(exchange: Exchange, nodes: Nodes, request: DispatchRequest) -> _F
     if request.num_tokens_per_expert is not None:
         posted.append(Field(request.num_tokens_per_expert[None], everyone))
     operation, agreed = agreed_for_dispatch(request)
-    ticket = exchange.post(operation, Ring.THROUGHPUT, agreed, posted, num_tokens=len(request.x))
+    ticket = exchange.post(operation, Ring.THROUGHPUT, agreed, posted)
     with exchange.collect(ticket) as delivery:
         rail = range(*nodes.rail.indices(nodes.num_ranks))
         counts = np.array([delivery.count(source) for source in rail], np.int32)
@@ -228,8 +228,9 @@ def combine(exchange: Exchange, nodes: Nodes, request: CombineRequest) -> Combin
     ticket = exchange.post(Operation.COMBINE, Ring.THROUGHPUT, agreed_for_combine(request), fields)
     with exchange.collect(ticket) as delivery:
         local_ranks = range(*nodes.neighbours.indices(nodes.num_ranks))
+        sums = OrderedSum(handle.forward_mask)
         partial = [
-            reduce_rows([delivery.rows(r, index) for r in local_ranks], handle.forward_mask, width, dtype)
+            sums.reduce([delivery.rows(r, index) for r in local_ranks], width, dtype)
             for index, (width, dtype) in enumerate(widths)
         ]
 
@@ -238,20 +239,18 @@ def combine(exchange: Exchange, nodes: Nodes, request: CombineRequest) -> Combin
     back = by_range(np.cumsum(counts) - counts, counts)
     ticket = exchange.post(Operation.FORWARD_COMBINE, Ring.THROUGHPUT, {}, [Field(p, back) for p in partial])
     with exchange.collect(ticket) as delivery:
-        mask = nodes.by_node(token_mask)
+        sums = OrderedSum(nodes.by_node(token_mask))
         rail = range(*nodes.rail.indices(nodes.num_ranks))
         for node, forwarder in enumerate(rail):
-            if delivery.count(forwarder) != mask[:, node].sum():
+            if delivery.count(forwarder) != sums.counts[node]:
                 raise HandleError(
                     "combine: handle",
                     got=f"{delivery.count(forwarder)} rows from node {node}",
-                    wanted=str(mask[:, node].sum()),
+                    wanted=str(sums.counts[node]),
                     do="pass the handle of the same dispatch on every rank",
                 )
-        sums = [
-            reduce_rows(
-                [delivery.rows(r, index) for r in rail], mask, width, dtype, request.biases if index == 0 else ()
-            )
+        combined = [
+            sums.reduce([delivery.rows(r, index) for r in rail], width, dtype, request.biases if index == 0 else ())
             for index, (width, dtype) in enumerate(widths)
         ]
-    return CombineOutcome(sums[0], sums[1] if len(sums) > 1 else None)
+    return CombineOutcome(combined[0], combined[1] if len(combined) > 1 else None)

@@ -99,9 +99,7 @@ def dispatch(
         "round_scale": request.round_scale,
         "use_ue8m0": request.use_ue8m0,
     }
-    ticket = exchange.post(
-        Operation.LOW_LATENCY_DISPATCH, Ring.LOW_LATENCY_DISPATCH, agreed, fields, num_tokens=len(request.x)
-    )
+    ticket = exchange.post(Operation.LOW_LATENCY_DISPATCH, Ring.LOW_LATENCY_DISPATCH, agreed, fields)
     outcome = _allocate(request, size)
 
     def receive() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.backends.host.fields import Field, selections_of
+from epcomm.backends.host.header import Header
 from epcomm.bootstrap import Communicator
 from epcomm.errors import PeerTimeout, RankMismatch
-from epcomm.layout import HEADER
+from epcomm.layout import HEADER_BYTES, MAX_FIELDS, MAX_SELECTS
 
 __all__ = ["MessageTransport", "PackedRows"]
 
@@ -26,19 +27,19 @@ class PackedRows:
         counts: int64 ``[MAX_SELECTS]``, rows of each of its selections that are for this rank.
     """
 
-    def __init__(self, packed: Bytes, header: NDArray[np.void], counts: NDArray[np.int64]) -> None:
+    def __init__(self, packed: Bytes, header: Header, counts: NDArray[np.int64]) -> None:
         self._fields: list[Bytes] = []
         self._indices: list[NDArray[np.int32]] = []
         offset = 0
-        for f in header["fields"]:
-            row_bytes, num_rows = int(f["row_bytes"]), int(counts[int(f["select"])])
-            if row_bytes == 0:
-                num_rows = 0
+        for index in range(MAX_FIELDS):
+            _, _, row_bytes, select = header.field(index)
+            num_rows = int(counts[select]) if row_bytes else 0
             rows = packed[offset : offset + num_rows * row_bytes]
             self._fields.append(rows.reshape(num_rows, row_bytes))
             offset += rows.size
-        for index, select in enumerate(header["selects"]):
-            num_bytes = 4 * int(counts[index]) if select["indexed"] else 0
+        for index in range(MAX_SELECTS):
+            indexed, _ = header.select(index)
+            num_bytes = 4 * int(counts[index]) if indexed else 0
             # Packed bytes start anywhere; a copy gives them the alignment of their type.
             self._indices.append(np.frombuffer(packed[offset : offset + num_bytes].tobytes(), np.int32))
             offset += num_bytes
@@ -50,10 +51,11 @@ class PackedRows:
         return self._indices[select]
 
 
-def packed_size(header: NDArray[np.void], counts: NDArray[np.int64]) -> int:
+def packed_size(header: Header, counts: NDArray[np.int64]) -> int:
     """Bytes of `PackedRows` from a source with this header."""
-    rows = sum(int(f["row_bytes"]) * int(counts[int(f["select"])]) for f in header["fields"])
-    return rows + sum(4 * int(counts[i]) for i, select in enumerate(header["selects"]) if select["indexed"])
+    places = [header.field(index) for index in range(MAX_FIELDS)]
+    rows = sum(row_bytes * int(counts[select]) for _, _, row_bytes, select in places)
+    return rows + sum(4 * int(counts[index]) for index in range(MAX_SELECTS) if header.select(index)[0])
 
 
 class MessageTransport:
@@ -69,17 +71,17 @@ class MessageTransport:
         self.num_bytes = 0  # payload sent so far
 
     def headers(
-        self, operation: str, header: NDArray[np.void], counts: NDArray[np.int64]
-    ) -> tuple[list[NDArray[np.void]], list[NDArray[np.int64]]]:
-        """Headers and counts of all ranks."""
+        self, operation: str, cell: memoryview, routes: NDArray[np.int64]
+    ) -> tuple[list[Header], list[NDArray[np.int64]]]:
+        """Headers and routes of all ranks; `cell` and `routes` are those of this one, as in `Control.cell`."""
         size = self._comm.size
-        own = np.frombuffer(header.tobytes() + counts.tobytes(), np.uint8)
+        own = np.frombuffer(cell.tobytes() + routes.tobytes(), np.uint8)
         everyone = np.empty(own.size * size, np.uint8)
         self._alltoallv(operation, "headers", np.tile(own, size), [own.size] * size, everyone, [own.size] * size)
         cells = everyone.reshape(size, own.size)
-        headers = [np.frombuffer(cell[: HEADER.itemsize].tobytes(), HEADER).reshape(()) for cell in cells]
-        tables = [np.frombuffer(cell[HEADER.itemsize :].tobytes(), np.int64).reshape(counts.shape) for cell in cells]
-        sequences = [int(h["sequence"]) for h in headers]
+        headers = [Header.read(theirs.data) for theirs in cells]
+        tables = [np.frombuffer(theirs[HEADER_BYTES:].tobytes(), np.int64).reshape(routes.shape) for theirs in cells]
+        sequences = [h.sequence for h in headers]
         if len(set(sequences)) > 1:
             raise RankMismatch(f"{operation}: ranks receive different calls", {"call number": sequences})
         return headers, tables
@@ -88,8 +90,8 @@ class MessageTransport:
         self,
         operation: str,
         fields: Sequence[Field],
-        headers: Mapping[int, NDArray[np.void]],
-        counts: Mapping[int, NDArray[np.int64]],
+        headers: Mapping[int, Header],
+        routes: Mapping[int, NDArray[np.int64]],
         by_message: Sequence[bool],
     ) -> dict[int, PackedRows]:
         """Send every rank r with ``by_message[r]`` its rows; returns what those ranks sent."""
@@ -110,12 +112,12 @@ class MessageTransport:
         recv_counts = [0] * size
         senders = [r for r in headers if by_message[r]]
         for r in senders:
-            recv_counts[r] = packed_size(headers[r], counts[r][:, rank])
+            recv_counts[r] = packed_size(headers[r], routes[r][0, :, rank])
         received = np.empty(sum(recv_counts), np.uint8)
         self._alltoallv(operation, "rows", send, send_counts, received, recv_counts)
         self.num_bytes += send.size
         parts = np.split(received, np.cumsum(recv_counts)[:-1])
-        return {r: PackedRows(parts[r], headers[r], counts[r][:, rank]) for r in senders}
+        return {r: PackedRows(parts[r], headers[r], routes[r][0, :, rank]) for r in senders}
 
     def _alltoallv(
         self, operation: str, phase: str, send: Bytes, send_counts: list[int], recv: Bytes, recv_counts: list[int]
