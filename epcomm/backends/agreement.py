@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from epcomm.backends.protocol import DispatchRequest
 from epcomm.config import Config
@@ -35,16 +38,29 @@ DISPATCH = (
 )
 
 
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
+
+
+def dtype_code(dtype: np.dtype[Any]) -> int:
+    """Number of a row dtype."""
+    return _DTYPE_CODES[dtype]
+
+
 def config_values(config: Config) -> tuple[int, ...]:
     """The chunk sizes; ranks may differ in their number of SMs."""
-    return config.values()[1:]
+    return (
+        config.num_max_nvl_chunked_send_tokens,
+        config.num_max_nvl_chunked_recv_tokens,
+        config.num_max_rdma_chunked_send_tokens,
+        config.num_max_rdma_chunked_recv_tokens,
+    )
 
 
 def payload_values(request: DispatchRequest) -> tuple[int, ...]:
     """Values of `PAYLOAD`."""
     x, scales = request.x, request.scales
     num_scales, itemsize = (0, 0) if scales is None else (math.prod(scales.shape[1:]), scales.dtype.itemsize)
-    return (x.shape[1], ROW_DTYPES.index(x.dtype), num_scales, itemsize)
+    return (x.shape[1], dtype_code(x.dtype), num_scales, itemsize)
 
 
 def dispatch_values(request: DispatchRequest) -> tuple[int, ...]:

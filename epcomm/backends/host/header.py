@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
-import numpy as np
-
+from epcomm.backends.agreement import CONFIG, DISPATCH, PAYLOAD, show
 from epcomm.errors import PeerError, RankMismatch
 from epcomm.layout import (
     HEADER_NUMBERS,
@@ -22,9 +21,8 @@ from epcomm.layout import (
     MAX_SELECTS,
     MAX_TEXT,
 )
-from epcomm.numerics import ROW_DTYPES
 
-__all__ = ["Header", "Operation", "agreed_values", "check_headers", "dtype_code"]
+__all__ = ["AGREED", "Header", "Operation", "agreed_values", "check_headers"]
 
 
 class Operation(IntEnum):
@@ -58,22 +56,11 @@ _LABELS = {
 }
 
 # Names of the values that must agree, by operation, in the order of `Header.agreed`.
-_PAYLOAD = ("hidden", "dtype", "num_scales", "scales_itemsize")
-_CONFIG = ("config nvl_send", "config nvl_recv", "config rdma_send", "config rdma_recv")
 _LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
 AGREED: dict[Operation, tuple[str, ...]] = {
-    Operation.DISPATCH: (
-        *_PAYLOAD,
-        "num_topk",
-        "num_experts",
-        "topk_idx itemsize",
-        "topk_weights",
-        "num_worst_tokens",
-        "expert_alignment",
-        *_CONFIG,
-    ),
-    Operation.CACHED_DISPATCH: (*_PAYLOAD, "handle of dispatch", *_CONFIG),
-    Operation.COMBINE: ("hidden", "dtype", "num_topk", "handle of dispatch", *_CONFIG),
+    Operation.DISPATCH: DISPATCH,
+    Operation.CACHED_DISPATCH: (*PAYLOAD, "handle of dispatch", *CONFIG),
+    Operation.COMBINE: ("hidden", "dtype", "num_topk", "handle of dispatch", *CONFIG),
     Operation.FORWARD_DISPATCH: (),
     Operation.FORWARD_COMBINE: (),
     Operation.LOW_LATENCY_DISPATCH: (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0"),
@@ -81,14 +68,6 @@ AGREED: dict[Operation, tuple[str, ...]] = {
     Operation.CLEAN_MASKS: (),
     Operation.BARRIER: (),
 }
-
-
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
-
-
-def dtype_code(dtype: np.dtype[np.generic]) -> int:
-    """Number of a row dtype in headers."""
-    return _DTYPE_CODES[dtype]
 
 
 _NO_NUMBERS = (0,) * max(MAX_AGREED, 4 * MAX_FIELDS)
@@ -175,10 +154,6 @@ def agreed_values(operation: Operation, agreed: Mapping[str, int]) -> tuple[int,
     return tuple([int(agreed[name]) for name in AGREED[operation]])
 
 
-def _show(name: str, value: int) -> str:
-    return ROW_DTYPES[value].name if name == "dtype" else str(value)
-
-
 def _by_rank(values: Mapping[int, str]) -> list[str]:
     """A column of `RankMismatch.table`; masked ranks are not in `values`."""
     return [values.get(rank, "masked") for rank in range(max(values) + 1)]
@@ -205,5 +180,5 @@ def check_headers(operation: Operation, rank: int, headers: Mapping[int, Header]
     for index, name in enumerate(AGREED[operation]):
         values = {r: h.agreed[index] for r, h in headers.items()}
         if len(set(values.values())) > 1:
-            table[name] = _by_rank({r: _show(name, value) for r, value in values.items()})
+            table[name] = _by_rank({r: show(name, value) for r, value in values.items()})
     raise RankMismatch(f"{operation.label}: ranks disagree", table)

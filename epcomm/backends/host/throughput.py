@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.arrays import empty
+from epcomm.backends.agreement import DISPATCH, config_values, dispatch_values, dtype_code, payload_values
 from epcomm.backends.host.delivery import Delivery
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.fields import Field, Selection, as_bytes, by_range, to_all
-from epcomm.backends.host.header import Operation, dtype_code
+from epcomm.backends.host.header import AGREED, Operation
 from epcomm.backends.host.rows import OrderedSum, keep_first, select_tokens
 from epcomm.backends.protocol import CombineOutcome, CombineRequest, DispatchOutcome, DispatchRequest
-from epcomm.config import Config
 from epcomm.errors import HandleError
 from epcomm.handle import DispatchHandle
 from epcomm.layout import Ring
@@ -34,48 +33,24 @@ __all__ = [
 ]
 
 
-def _config_values(config: Config) -> dict[str, int]:
-    """The chunk sizes; ranks may differ in their number of SMs."""
-    return {
-        "config nvl_send": config.num_max_nvl_chunked_send_tokens,
-        "config nvl_recv": config.num_max_nvl_chunked_recv_tokens,
-        "config rdma_send": config.num_max_rdma_chunked_send_tokens,
-        "config rdma_recv": config.num_max_rdma_chunked_recv_tokens,
-    }
-
-
 def agreed_for_dispatch(request: DispatchRequest) -> tuple[Operation, dict[str, int]]:
     """Operation and agreed values of a dispatch's header."""
-    scales, topk_idx = request.scales, request.topk_idx
-    agreed = {
-        "hidden": request.x.shape[1],
-        "dtype": dtype_code(request.x.dtype),
-        "num_scales": 0 if scales is None else math.prod(scales.shape[1:]),
-        "scales_itemsize": 0 if scales is None else scales.itemsize,
-        **_config_values(request.config),
-    }
-    if request.handle is not None:
-        return Operation.CACHED_DISPATCH, {**agreed, "handle of dispatch": request.handle.dispatch_id}
-    routing = {
-        "num_topk": 0 if topk_idx is None else topk_idx.shape[1],
-        "num_experts": request.num_experts,
-        "topk_idx itemsize": 0 if topk_idx is None else topk_idx.itemsize,
-        "topk_weights": request.topk_weights is not None,
-        "num_worst_tokens": request.num_worst_tokens,
-        "expert_alignment": request.expert_alignment,
-    }
-    return Operation.DISPATCH, {**agreed, **routing}
+    if request.handle is None:
+        return Operation.DISPATCH, dict(zip(DISPATCH, dispatch_values(request), strict=True))
+    values = (*payload_values(request), request.handle.dispatch_id, *config_values(request.config))
+    return Operation.CACHED_DISPATCH, dict(zip(AGREED[Operation.CACHED_DISPATCH], values, strict=True))
 
 
 def agreed_for_combine(request: CombineRequest) -> dict[str, int]:
     """Agreed values of a combine's header."""
-    return {
-        "hidden": request.x.shape[1],
-        "dtype": dtype_code(request.x.dtype),
-        "num_topk": 0 if request.topk_weights is None else request.topk_weights.shape[1],
-        "handle of dispatch": request.handle.dispatch_id,
-        **_config_values(request.config),
-    }
+    values = (
+        request.x.shape[1],
+        dtype_code(request.x.dtype),
+        0 if request.topk_weights is None else request.topk_weights.shape[1],
+        request.handle.dispatch_id,
+        *config_values(request.config),
+    )
+    return dict(zip(AGREED[Operation.COMBINE], values, strict=True))
 
 
 def payload_fields(request: DispatchRequest, selection: Selection) -> dict[str, Field]:
