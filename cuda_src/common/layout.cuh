@@ -94,8 +94,11 @@ struct HostPage {
     uint32_t rejected_operation;  // the last such call
     uint32_t voided;              // tag of an exchange that the host does not wait for, and that went wrong
     uint32_t unused[21];
-    uint32_t tag;  // of the exchange whose result follows; written last
-    uint32_t unused2[31];
+    uint32_t tag;           // of the exchange whose result follows; written last
+    uint32_t verdict;       // 0, or the exchange says why not
+    uint32_t num_received;  // rows for this rank
+    uint32_t num_sent;      // and from it
+    uint32_t unused2[28];
     int32_t count[kMaxRanks * kMaxRanks];  // [source * num_ranks + destination]
     uint32_t agreed[kMaxRanks * kNumAgreed];
     uint32_t status[kMaxRanks];

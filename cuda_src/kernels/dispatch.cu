@@ -312,8 +312,14 @@ __device__ inline void pad_topk_idx(const DispatchArgs& args) {
             pointer<int32_t>(args.out[kTopkIdx])[i] = -1;
         }
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0 && num_received > args.num_worst_tokens)
-        *const_cast<volatile uint32_t*>(&args.comm.page()->dropped) += num_received - args.num_worst_tokens;
+}
+
+// One thread of one block: tell the host of rows for this rank that did not fit.
+__device__ inline void count_dropped(const DispatchArgs& args) {
+    const int num_ranks = args.comm.num_ranks;
+    const int num_sent = pointer<const int32_t>(args.rank_prefix)[(num_ranks - 1) * num_ranks + args.comm.rank];
+    if (num_sent > args.num_worst_tokens)
+        *const_cast<volatile uint32_t*>(&args.comm.page()->dropped) += num_sent - args.num_worst_tokens;
 }
 
 // All threads: the whole work between entry and exit. False: the call has failed.
@@ -339,7 +345,10 @@ __device__ inline bool run(const DispatchArgs& args, const Call& call, Shared& s
     ptx::fence_proxy_async_global();  // after the acquire of the entries, before bulk stores into the blocks
 #endif
     if (!__syncthreads_and(good)) return false;
-    if (args.num_worst_tokens > 0 && args.num_topk > 0) pad_topk_idx(args);
+    if (args.num_worst_tokens > 0) {
+        if (args.num_topk > 0) pad_topk_idx(args);
+        if (blockIdx.x == 0 && threadIdx.x == 0) count_dropped(args);
+    }
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp_index() * kStages;
     uint8_t* stages = dynamic + round_up(warps_per_block() * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp_index()) * kStages * args.stage_bytes;

@@ -181,7 +181,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) epcomm_exchange(const 
         }
     }
     if (threadIdx.x == 0) {
-        comm.state().verdict = good && agree ? 0 : 1;
+        comm.state().verdict = comm.page()->verdict = good && agree ? 0 : 1;
+        int num_received = 0, num_sent = 0;
+        for (int r = 0; r < num_ranks; ++r) {
+            num_received += counts[r * num_ranks + comm.rank];
+            num_sent += counts[comm.rank * num_ranks + r];
+        }
+        comm.page()->num_received = num_received;
+        comm.page()->num_sent = num_sent;
         if (good && !agree && !args.is_awaited) comm.page()->voided = args.tag;
     }
     ptx::fence_acq_rel_sys();  // this thread's part of the host's page, before the tag below

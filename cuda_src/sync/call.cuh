@@ -31,15 +31,14 @@ __device__ inline bool begin(const Comm& comm, Operation operation, Call& call) 
 // All threads of all blocks, after their last access to shared memory of peers. True in the block that came last: the
 // acquire of its ticket orders what all blocks did before what it does next.
 __device__ inline bool is_last_block(const Comm& comm, const Call& call) {
-    __shared__ bool last;
     __syncthreads();
+    bool is_last = false;
     if (threadIdx.x == 0) {
         // The block's accesses, ordered by the barrier above, become visible before its ticket.
         ptx::fence_acq_rel_sys();
-        last = ptx::atom_add_acq_rel_gpu(&comm.state().ticket[call.operation], 1) == gridDim.x - 1;
+        is_last = ptx::atom_add_acq_rel_gpu(&comm.state().ticket[call.operation], 1) == gridDim.x - 1;
     }
-    __syncthreads();
-    return last;
+    return __syncthreads_or(is_last);
 }
 
 // The last block: count the call.

@@ -150,7 +150,8 @@ def test_memory_is_reused_behind_its_readers(pool: BlockPool) -> None:
     reader, writer = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
     seen = cupy.zeros(1, np.int32)
     cupy.cuda.runtime.deviceSynchronize()
-    first = pool.allocate(1 << 20, reader.ptr)
+    everything = pool.stats["bytes_total"]
+    first = pool.allocate(everything, reader.ptr)
     assert first is not None
     address = first.ptr
     with reader:
@@ -158,7 +159,7 @@ def test_memory_is_reused_behind_its_readers(pool: BlockPool) -> None:
         busy_kernel((1,), (1,), (np.int64(SPIN_CYCLES), x, np.int32(1)))
         cupy.copyto(seen, x)
     del first, x
-    second = pool.allocate(1 << 20, writer.ptr)
+    second = pool.allocate(everything, writer.ptr)
     assert second is not None
     assert second.ptr == address
     with writer:

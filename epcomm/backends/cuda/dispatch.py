@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from epcomm.arrays import ArrayView
 from epcomm.backends.agreement import DISPATCH, check_agreed, dispatch_values
@@ -178,17 +177,19 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
     send_pos = turn.new((sizes.num_tokens, job.size), _INT32)
     prefix = turn.new((job.size, job.size), _INT32)
     tag = _exchange(job, turn, request, send_pos, prefix)
-    num_received, experts = worst, []
-    counts: NDArray[np.int64] | None = None
+    num_received, page = worst, job.page
+    experts: list[int] = []
     if not worst:
-        job.page.await_tag(tag, job.check_job)
-        _check_answers(job)
-        counts = job.page.counts()
-        num_received = int(counts[:, job.rank].sum())
-        unit = request.expert_alignment
-        experts = [-(-count // unit) * unit for count in job.page.experts(num_local).tolist()]
+        # From here to the launch the GPU is idle.
+        page.await_tag(tag, job.check_job)
+        if page.is_void:
+            _raise_answers(job)
+        num_received = page.num_received
     places = _Places(job, turn, sizes, num_received, True)
     _move(job, turn, request, sizes, places, send_pos, prefix, False)
+    if not worst:
+        unit = request.expert_alignment
+        experts = [-(-count // unit) * unit for count in page.experts(num_local)]
     return DispatchOutcome(
         recv_x=places.rows(request.x),
         recv_scales=places.scales(request.scales),
@@ -202,7 +203,7 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
         forward_counts=None,
         dispatch_id=job.next_dispatch_id(),
         num_dropped=0,  # with num_worst_tokens the page counts them
-        num_sent=None if counts is None else int(counts[job.rank].sum()),
+        num_sent=None if worst else page.num_sent,
         send_pos=send_pos,
     )
 
@@ -298,16 +299,14 @@ def _move(
     job.count(places.is_windowed, "dispatch")
 
 
-def _check_answers(job: Job) -> None:
-    """Raise if a rank rejected its input, or if the ranks disagree. All ranks come to the same answer."""
+def _raise_answers(job: Job) -> None:
+    """Raise because a rank rejected its input, or the ranks disagree. All ranks come to the same answer."""
     status = job.page.status().tolist()
     if any(status):
         own = contradiction() if status[job.rank] == STATUS_COUNTS else None
         error = _rejection(job, status, str(own) if own else "")
         raise own or error
-    values = job.page.agreed()
-    if (values != values[0]).any():
-        check_agreed("dispatch", DISPATCH, values.tolist())
+    check_agreed("dispatch", DISPATCH, job.page.agreed().tolist())
 
 
 def contradiction() -> RoutingError:

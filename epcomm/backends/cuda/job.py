@@ -11,7 +11,7 @@ from typing import Any
 from epcomm.backends.cuda.page import HostPage
 from epcomm.backends.cuda.streams import Streams
 from epcomm.bootstrap import Communicator, LocalCommunicator, Topology
-from epcomm.errors import BufferDestroyed, CapacityError, DeviceError, UnsupportedOption
+from epcomm.errors import BufferDestroyed, CapacityError, DeviceError, PeerError, UnsupportedOption
 from epcomm.jit import (
     Footprint,
     Kernel,
@@ -54,6 +54,22 @@ def choose_device(cupy: Any, topology: Topology, device: int | None) -> int:
     return device
 
 
+def _agree_on_device(comm: Communicator, cupy: Any, topology: Topology, device: int | None) -> int:
+    """`choose_device`; all ranks raise when one of them cannot. Collective."""
+    problem: DeviceError | None = None
+    chosen = 0
+    try:
+        chosen = choose_device(cupy, topology, device)
+    except DeviceError as error:
+        problem = error
+    texts = comm.allgather("" if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if any(texts):
+        raise PeerError("Buffer", {rank: text for rank, text in enumerate(texts) if text})
+    return chosen
+
+
 def default_num_sms(sms: int, ranks_on_gpu: int) -> int:
     """SMs of an operation when nobody says how many: an equal part of a shared GPU, at most 24.
 
@@ -88,7 +104,7 @@ class Job:
         self.cupy = cupy = load_cupy()
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.in_process = isinstance(comm, LocalCommunicator) and comm.size > 1
-        self.device = device = choose_device(cupy, topology, device)
+        self.device = device = _agree_on_device(comm, cupy, topology, device)
         cupy.cuda.Device(device).use()
         while _dropped:
             _dropped.pop().close()

@@ -26,6 +26,7 @@ def _word(name: str) -> int:
 
 
 _TAG, _KIND, _ABORT = _word("tag"), _word("error_kind"), _word("abort")
+_VERDICT, _RECEIVED, _SENT, _EXPERT = _word("verdict"), _word("num_received"), _word("num_sent"), _word("expert")
 _DROPPED, _REJECTED_BY, _VOIDED = _word("dropped"), _word("rejected_by"), _word("voided")
 
 
@@ -92,10 +93,20 @@ class HostPage:
         if self.failed:
             raise self.error()
 
-    def counts(self) -> NDArray[np.int64]:
-        """int64 ``[R, R]``: rows from rank i to rank j, of the last exchange."""
-        n = self._num_ranks
-        return self._record["count"][: n * n].reshape(n, n).astype(np.int64)  # type: ignore[no-any-return]
+    @property
+    def is_void(self) -> bool:
+        """Whether the last exchange found that no row may move: `status` and `agreed` say why."""
+        return self._words[_VERDICT] != 0
+
+    @property
+    def num_received(self) -> int:
+        """Rows for this rank, of the last exchange."""
+        return self._words[_RECEIVED]
+
+    @property
+    def num_sent(self) -> int:
+        """Rows from this rank, of the last exchange."""
+        return self._words[_SENT]
 
     def agreed(self) -> NDArray[np.uint32]:
         """uint32 ``[R, NUM_AGREED]``: what the ranks said that must be equal."""
@@ -106,9 +117,9 @@ class HostPage:
         """uint32 ``[R]``: 0, or why a rank rejected its input."""
         return self._record["status"][: self._num_ranks]  # type: ignore[no-any-return]
 
-    def experts(self, num_local_experts: int) -> NDArray[np.int32]:
-        """int32 ``[L]``: tokens of this rank's experts."""
-        return self._record["expert"][:num_local_experts]  # type: ignore[no-any-return]
+    def experts(self, num_local_experts: int) -> list[int]:
+        """Tokens of this rank's experts."""
+        return self._words[_EXPERT : _EXPERT + num_local_experts].tolist()
 
     @property
     def dropped(self) -> int:

@@ -40,6 +40,7 @@ class StreamEvent:
         self._runtime = cupy.cuda.runtime
         self._event = cupy.cuda.Event(block=False, disable_timing=True)
         self._runtime.eventRecord(self._event.ptr, stream or LEGACY)
+        self.is_captured = bool(self._runtime.streamIsCapturing(stream or LEGACY))
         self._framework, self._device = framework, device
         self._outputs = [weakref.ref(block) for block in outputs]
 
@@ -136,7 +137,12 @@ class Streams:
         return async_finish or callers is None or self._in_process
 
     def keep_until(self, event: StreamEvent, kept: object) -> None:
-        """Hold `kept`, the inputs, until `event`: their framework does not know that we read them."""
+        """Hold `kept`, the inputs, until `event`: their framework does not know that we read them.
+
+        Inputs of a captured call are the caller's to keep as long as its graph; its event says nothing about replays.
+        """
+        if event.is_captured:
+            return
         in_flight = self._in_flight
         while in_flight and in_flight[0][0].done:
             in_flight.popleft()
