@@ -7,7 +7,6 @@ the communicator's alltoallv instead, behind the same `Delivery`.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from epcomm.backends.host.control import Control
 from epcomm.backends.host.delivery import Delivery
-from epcomm.backends.host.fields import Field, Selection, describe, selections_of
+from epcomm.backends.host.fields import Field, Layout, fill, lay_out, selections_of
 from epcomm.backends.host.header import Header, Operation, agreed_values
 from epcomm.backends.host.messages import MessageTransport
 from epcomm.backends.host.windows import OwnWindow, PeerWindows
@@ -52,6 +51,23 @@ class Ticket:
 class _RingState:
     next_sequence: int = 1
     in_flight: set[int] = field(default_factory=set)
+
+
+def _header(
+    sequence: int,
+    operation: Operation,
+    agreed: tuple[int, ...],
+    layout: Layout,
+    window: OwnWindow | None,
+    by_message: bool,
+    rejection: str,
+) -> Header:
+    grew, index, num_bytes, name = False, 0, 0, ""
+    if window is not None:
+        grew, index, num_bytes, name = window.unread_name, window.index, window.bytes.size, window.name
+    return Header(
+        sequence, operation, by_message, grew, index, num_bytes, agreed, layout.fields, layout.selects, name, rejection
+    )
 
 
 class Exchange:
@@ -170,30 +186,14 @@ class Exchange:
             routes[0, index], routes[1, index] = selection.counts, selection.begin
         if ring in _MASKED_RINGS:
             routes[:, :, self.masked] = 0  # also a rank that does not know that it is masked must read nothing
-        places, selects, num_bytes = describe(fields, selections)
-        window, by_message = None, False
-        if fields:
-            try:
-                window = self._window(ring, operation, sequence, num_bytes)
-                if len(window.name.encode()) > MAX_NAME:
-                    raise OSError(errno.ENAMETOOLONG, "too long for a header", window.name)
-            except OSError:
-                window, by_message = None, True  # all ranks see this and use messages for this call
-            else:
-                self._fill(window, operation, fields, places, selections, selects)
-        Header(
-            sequence,
-            operation,
-            by_message,
-            window is not None and window.unread_name,
-            window.index if window is not None else 0,
-            window.bytes.size if window is not None else 0,
-            () if rejection else agreed_values(operation, agreed),
-            tuple(places),
-            tuple(selects),
-            window.name if window is not None else "",
-            rejection,
-        ).write(cell)
+        layout = lay_out(fields, selections)
+        window = self._reserved(ring, operation, sequence, layout.num_bytes) if fields else None
+        if window is not None:
+            in_place = operation in _IN_PLACE
+            self.num_bytes_copied += fill(window.bytes, layout, fields, selections, self.comm.rank, in_place)
+        values = () if rejection else agreed_values(operation, agreed)
+        by_message = bool(fields) and window is None  # all ranks see this and use messages for this call
+        _header(sequence, operation, values, layout, window, by_message, rejection).write(cell)
         state = self._rings[ring]
         state.next_sequence = sequence + 1
         state.in_flight.add(sequence)
@@ -201,27 +201,13 @@ class Exchange:
             self.control.publish(ring, slot, sequence)
         return Ticket(operation, ring, sequence, fields, cell, routes, window)
 
-    def _fill(
-        self,
-        window: OwnWindow,
-        operation: Operation,
-        fields: Sequence[Field],
-        places: Sequence[int],
-        selections: Sequence[Selection],
-        selects: Sequence[int],
-    ) -> None:
-        """Copy rows and indices to where `describe` put them."""
-        for f, start in zip(fields, places[::4], strict=True):
-            num_bytes = f.num_rows * f.row_bytes
-            if num_bytes == 0 or (operation in _IN_PLACE and window.holds(f.rows, start)):
-                continue  # zero copy: the caller wrote these rows in place
-            target = window.bytes[start : start + num_bytes]
-            for span in f.spans_for_others(self.comm.rank):
-                f.copy_to(target, span)
-                self.num_bytes_copied += (span.stop - span.start) * f.row_bytes
-        for s, start in zip(selections, selects[1::2], strict=True):
-            if s.indices is not None:
-                window.bytes[start : start + s.indices.nbytes].view(np.int32)[:] = s.indices
+    def _reserved(self, ring: Ring, operation: Operation, sequence: int, num_bytes: int) -> OwnWindow | None:
+        """`_window`, or None where there is no room for it, or no place for its name in a header."""
+        try:
+            window = self._window(ring, operation, sequence, num_bytes)
+        except OSError:
+            return None
+        return window if len(window.name.encode()) <= MAX_NAME else None
 
     def collect(self, ticket: Ticket) -> Delivery:
         """Receive half: wait for the peers' posts. Use the result in a ``with`` block; leaving it lets the peers

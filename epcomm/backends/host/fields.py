@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.layout import align
 
-__all__ = ["Field", "Selection", "as_bytes", "by_index", "by_range", "describe", "selections_of", "to_all"]
+__all__ = [
+    "Field",
+    "Layout",
+    "Selection",
+    "as_bytes",
+    "by_index",
+    "by_range",
+    "fill",
+    "lay_out",
+    "selections_of",
+    "to_all",
+]
 
 Bytes = NDArray[np.uint8]
 
@@ -99,12 +110,16 @@ def selections_of(fields: Sequence[Field]) -> list[Selection]:
     return list(dict.fromkeys(f.selection for f in fields))
 
 
-def describe(fields: Sequence[Field], selections: Sequence[Selection]) -> tuple[list[int], list[int], int]:
-    """Lay fields and the indices of their selections out one after the other.
+class Layout(NamedTuple):
+    """Where a post lies in its window: fields, then the indices of their selections."""
 
-    Returns:
-        `Header.fields`, `Header.selects` and the total bytes.
-    """
+    fields: tuple[int, ...]  # as `Header.fields`
+    selects: tuple[int, ...]  # as `Header.selects`
+    num_bytes: int
+
+
+def lay_out(fields: Sequence[Field], selections: Sequence[Selection]) -> Layout:
+    """The layout of `fields`, whose `selections_of` are given."""
     places: list[int] = []
     selects: list[int] = []
     offset = 0
@@ -115,4 +130,30 @@ def describe(fields: Sequence[Field], selections: Sequence[Selection]) -> tuple[
     for s in selections:
         selects += (s.indices is not None, offset)
         offset += align(0 if s.indices is None else s.indices.nbytes)
-    return places, selects, offset
+    return Layout(tuple(places), tuple(selects), offset)
+
+
+def fill(
+    memory: Bytes, layout: Layout, fields: Sequence[Field], selections: Sequence[Selection], rank: int, in_place: bool
+) -> int:
+    """Copy rows for the peers of `rank`, and indices, into `memory`, a window.
+
+    Args:
+        in_place: rows may have been written there by the caller; then they are not copied.
+
+    Returns:
+        The bytes of the rows that were copied.
+    """
+    num_copied = 0
+    for f, start in zip(fields, layout.fields[::4], strict=True):
+        num_bytes = f.num_rows * f.row_bytes
+        if num_bytes == 0 or (in_place and f.rows.ctypes.data == memory.ctypes.data + start):
+            continue
+        target = memory[start : start + num_bytes]
+        for span in f.spans_for_others(rank):
+            f.copy_to(target, span)
+            num_copied += (span.stop - span.start) * f.row_bytes
+    for s, start in zip(selections, layout.selects[1::2], strict=True):
+        if s.indices is not None:
+            memory[start : start + s.indices.nbytes].view(np.int32)[:] = s.indices
+    return num_copied

@@ -6,8 +6,6 @@ the name, say so, and the owner takes the name away within the same call.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,10 +51,6 @@ class OwnWindow:
         """Let go of the memory; the next use starts a new window."""
         self.forget_name()
         self.bytes = np.empty(0, np.uint8)
-
-    def holds(self, array: NDArray[Any], offset: int) -> bool:
-        """Whether `array` lies in this window, at `offset`."""
-        return bool(self.bytes.size) and array.ctypes.data == self.bytes.ctypes.data + offset
 
 
 class PeerWindows:
