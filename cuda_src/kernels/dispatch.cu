@@ -368,14 +368,15 @@ extern "C" __global__ void __launch_bounds__(512, 1) epcomm_dispatch(const __gri
     const Comm& comm = args.comm;
     Call call;
     if (!begin(comm, kDispatch, call)) return;
-    // What the exchange before found is the same on all ranks: all leave, in step, or none.
+    // What the exchange before found is the same on all ranks: all leave, or none. It is no call then: a rank that
+    // rejected its input, or that waited for the counts, has launched nothing behind the exchange.
     const bool is_void = !args.is_cached && *const_cast<volatile uint32_t*>(&comm.state().verdict) != 0;
     const bool good = !is_void && run(args, call, shared, dynamic);
     if (is_last_block(comm, call)) {
         if (good && warp_index() == 0)
             meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.dispatch_done; });
         if (threadIdx.x == 0) reset_rounds(comm, call);
-        end(comm, call);
+        end(comm, call, !is_void);
     }
 }
 

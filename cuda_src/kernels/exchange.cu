@@ -139,12 +139,13 @@ __device__ inline bool collect(const ExchangeArgs& args, const Call& call, int (
         page->status[r] = status;
         equal = equal && status == 0;
     }
-    for (int e = threadIdx.x; e < args.num_local_experts; e += blockDim.x) {
+    agree = __syncthreads_and(equal);
+    // A rank that rejects its input, or that has another number of experts, does not fill these.
+    for (int e = threadIdx.x; agree && e < args.num_local_experts; e += blockDim.x) {
         int sum = 0;
         for (int r = 0; r < num_ranks; ++r) sum += await_cell(comm, call, r, &slots[r].expert[e], good);
         page->expert[e] = sum;
     }
-    agree = __syncthreads_and(equal);
     return __syncthreads_and(good);
 }
 

@@ -41,13 +41,13 @@ __device__ inline bool is_last_block(const Comm& comm, const Call& call) {
     return __syncthreads_or(is_last);
 }
 
-// The last block: count the call.
-__device__ inline void end(const Comm& comm, const Call& call) {
+// The last block: count the call, if it was one that all ranks make.
+__device__ inline void end(const Comm& comm, const Call& call, bool is_counted = true) {
     __syncthreads();
     if (threadIdx.x == 0) {
         State& state = comm.state();
         state.ticket[call.operation] = 0;
-        state.sequence[call.operation] = call.sequence;
+        if (is_counted) state.sequence[call.operation] = call.sequence;
         state.busy = 0;
     }
 }

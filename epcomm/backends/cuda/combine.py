@@ -55,7 +55,7 @@ def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome
         0,
     )
     for copy in copies:
-        copy.note_reader(turn.stream)
+        copy.note_reader(turn.stream, turn.ref.keep)
     job.count(rows == THROUGH_WINDOW, "combine")
     return CombineOutcome(combined, combined_weights)
 

@@ -44,24 +44,34 @@ class StreamEvent:
         self._framework, self._device = framework, device
         self._outputs = [weakref.ref(block) for block in outputs]
 
-    def wait_in(self, stream: int) -> None:
-        """Later work in `stream` waits for this event. Does not block the host."""
+    def wait_in(self, stream: int, keep: object) -> None:
+        """Later work in `stream`, which `keep` keeps alive, waits for this event. Does not block the host."""
         self._runtime.streamWaitEvent(stream or LEGACY, self._event.ptr, 0)
         for reference in self._outputs:
             block = reference()
             if block is not None:
-                block.note_reader(stream)
+                block.note_reader(stream, keep)
 
     def current_stream_wait(self) -> None:
         """Later work in the framework's current stream waits for this event; JAX's arrays do so by themselves."""
-        stream = current_stream(self._framework, self._device)
+        stream, keep = _current(self._framework, self._device)
         if stream is not None:
-            self.wait_in(stream)
+            self.wait_in(stream, keep)
 
     @property
     def done(self) -> bool:
         """Whether it has happened. Does not block."""
         return bool(self._event.done)
+
+
+def _current(framework: str, device: int) -> tuple[int | None, object]:
+    """The framework's current stream, and what keeps it alive: CuPy destroys a stream with its object."""
+    if framework == "cupy":
+        import cupy
+
+        keeper = cupy.cuda.get_current_stream(device)
+        return int(keeper.ptr), keeper
+    return current_stream(framework, device), None
 
 
 def capture_event() -> EventOverlap:
@@ -105,11 +115,8 @@ class Streams:
         keep: object = stream
         if stream is not None:
             handle: int | None = as_stream(stream)
-        elif framework == "cupy":
-            keep = self._cupy.cuda.get_current_stream(self._device)
-            handle = keep.ptr  # type: ignore[attr-defined]
         else:
-            handle = None if framework is None else current_stream(framework, self._device)
+            handle, keep = (None, None) if framework is None else _current(framework, self._device)
         if framework is not None:
             _last.framework, _last.device = framework, self._device
         if self._in_process and handle is not None and handle in (0, LEGACY):

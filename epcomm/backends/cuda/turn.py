@@ -54,7 +54,7 @@ class CudaTurn:
 
     def _wait_for(self, previous: EventOverlap | None) -> None:
         if previous is not None and isinstance(previous.event, StreamEvent):
-            previous.event.wait_in(self.stream)
+            previous.event.wait_in(self.stream, self.ref.keep)
             return
         if previous is not None:
             previous.current_stream_wait()
@@ -97,7 +97,7 @@ class CudaTurn:
         """An output in `block`, which it keeps alive."""
         if block not in self._blocks:
             self._blocks.append(block)
-            block.note_reader(self.stream)
+            block.note_reader(self.stream, self.ref.keep)
             self._job.note(block)
         return output(block, offset, shape, dtype, self._job.device)
 
