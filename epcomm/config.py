@@ -24,9 +24,9 @@ def _round_up(value: int, unit: int) -> int:
 class Config:
     """DeepEP V1's tuning knobs of dispatch and combine, in its positional order.
 
-    All ranks must pass the same one. `num_sms` is the number of SMs a CUDA operation may use. The four
-    chunk sizes describe DeepEP's ring queues; epcomm writes rows to their final place without queues
-    inside a node, so they only enter the size hints. The host backend uses none of them.
+    All ranks must pass the same one, except that `num_sms`, the number of SMs a CUDA operation uses, may
+    differ. The four chunk sizes describe DeepEP's ring queues; epcomm writes rows to their final place without
+    queues inside a node, so they only enter the size hints. The host backend uses none of the fields.
 
     Attributes:
         num_sms: SMs an operation may use, at least 1 (odd numbers too).
@@ -62,7 +62,7 @@ class Config:
         return tuple(vars(self).values())
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes for ``num_nvl_bytes``: an arena in which any routing of 8192 tokens a rank fits.
+        """Bytes for ``num_nvl_bytes``: an arena in which the rows of one dispatch fit, however 8192 tokens a rank go.
 
         Formula: ``8192 * local_ranks * (hidden_bytes rounded up to 16 + 400 bytes of metadata)``, where
         every rank of a node sends all of its tokens to this one; rounded up to 2 MiB.

@@ -212,7 +212,12 @@ class BufferCore:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counters since construction: calls by operation, rows sent and received, bytes moved on this rank."""
+        """Counters since construction: calls by operation, rows sent and received, bytes moved on this rank.
+
+        On CUDA also how results were delivered (``dispatch_in_arena``, ``dispatch_by_window``, ``combine_in_arena``,
+        ``combine_by_window``) and what the arena and other memory hold (``arena_...``, ``outputs_...``). Replays of
+        graphs count nothing.
+        """
         return {**self._counters, **self._backend.stats()}
 
     def __repr__(self) -> str:
@@ -283,10 +288,15 @@ class BufferCore:
             raise
 
     def _num_sms(self, config: Any) -> int:
-        """SMs of an operation with this config; None for the default one."""
-        if isinstance(config, Config):
-            return self._backend.num_sms(config.num_sms)
-        return self._backend.num_sms(BufferCore.num_sms if BufferCore._num_sms_chosen else None)
+        """SMs of an operation with this config; None for the default one.
+
+        The tables' own number, which nobody has chosen, gives way to an equal part of a GPU that ranks share.
+        """
+        wanted: int = config.num_sms if isinstance(config, Config) else BufferCore.num_sms
+        if BufferCore._num_sms_chosen or wanted != BufferCore.num_sms:
+            return self._backend.num_sms(wanted)
+        default = self._backend.num_sms(None)
+        return min(wanted, default) if isinstance(config, Config) else default
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
@@ -412,7 +422,8 @@ class BufferCore:
     def set_num_sms(cls, new_num_sms: int) -> None:
         """Set how many SMs high-throughput operations use by default, for all Buffers of this process.
 
-        Any number from 1; ranks may differ. The host backend has no use for it.
+        Any number from 1; ranks may differ. Without this call, and without a `Config`, a CUDA operation takes an equal
+        part of a GPU that ranks share, at most 24 SMs. The host backend has no use for it.
 
         Raises:
             ShapeError: below 1.
@@ -450,9 +461,10 @@ class BufferCore:
     # -- end ----------------------------------------------------------------------------------------------------
 
     def destroy(self) -> None:
-        """Release what this rank holds. Not collective, never waits, may be called again.
+        """Release what this rank holds. Not collective, may be called again.
 
-        Arrays that were returned stay valid. Peers that are waiting for this rank raise PeerTimeout.
+        Waits for no other rank; on CUDA for this rank's own kernels, whose waits are bounded. Arrays that were returned
+        stay valid. Peers that are waiting for this rank raise PeerTimeout.
         """
         if not self._destroyed and os.getpid() == self._pid:
             self._destroyed = True

@@ -35,15 +35,20 @@ class ThroughputOperations(BufferCore):
     ) -> LayoutResult:
         """Count how many of this rank's tokens go to each rank, node and expert.
 
-        Not collective. Does not wait for other ranks.
+        Not collective. Does not wait for other ranks; on CUDA it does not block the host.
 
         Args:
             topk_idx: int32 or int64 ``[T, K]``, K up to 32; -1 selects nothing. Experts e of rank r are those with
                 ``e // (E / R) == r``.
             num_experts: E, a multiple of R.
-            previous_event: what to wait for first.
-            async_finish: return before the work is done; the event tells when it is.
-            allocate_on_comm_stream: own the results by the communication stream (no meaning on the host backend).
+            previous_event: what to wait for first; on CUDA instead of the caller's current stream.
+            async_finish: on CUDA, run in the Buffer's own stream (`get_comm_stream`), while the caller's goes on; the
+                result may be used in streams that have waited for the event.
+            allocate_on_comm_stream: accepted as in DeepEP: memory is never reused before the streams that are known to
+                use it are done with it, whoever allocates it.
+            stream: on CUDA, the stream in whose order the call runs: a raw handle, an object with ``__cuda_stream__``,
+                a CuPy or torch stream. By default the current stream of the input's framework; JAX has none, so its
+                calls run in the Buffer's own stream, and DLPack orders its arrays.
 
         Returns:
             `LayoutResult`: int32 ``[R]``, int32 ``[num_nodes]`` or None on one node, int32 ``[E]``, bool ``[T, R]``,
@@ -90,8 +95,9 @@ class ThroughputOperations(BufferCore):
     ) -> DispatchResult:
         """Send every token once to each rank that owns one of its experts.
 
-        Collective. Waits for the peers' counts, but for none with `handle` or `num_worst_tokens` on a GPU; on the
-        host backend it returns when the rows are here. Received rows are ordered by source rank, then by token index
+        Collective. On CUDA it blocks the host until the counts of all ranks are here, and not at all with `handle` or
+        `num_worst_tokens`, which a CUDA graph can capture; rows move in the stream of the call. On the host backend it
+        returns when the rows are here. Received rows are ordered by source rank, then by token index
         at the source, always.
 
         Args:
@@ -109,8 +115,8 @@ class ThroughputOperations(BufferCore):
             num_worst_tokens: if positive (and then the same on all ranks), return exactly this many rows. The rows past
                 the real ones are undefined, with -1 in ``recv_topk_idx``; rows that do not fit are dropped, which
                 `check` raises later.
-            config: tuning; the same on all ranks, except for its `num_sms`.
-            previous_event, async_finish, allocate_on_comm_stream: as in `get_dispatch_layout`.
+            config: tuning; the same on all ranks, except for its `num_sms`, the only field that CUDA uses.
+            previous_event, async_finish, allocate_on_comm_stream, stream: as in `get_dispatch_layout`.
 
         Returns:
             `DispatchResult` ``(recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle,
@@ -123,6 +129,10 @@ class ThroughputOperations(BufferCore):
             PeerError: another rank's arguments cannot be used.
             RankMismatch: the ranks disagree about hidden, dtype, scales, top-k, experts, config or the operation.
             PeerTimeout: a rank did not take part; the Buffer is then broken.
+            CapacityError: more SMs than all ranks of a GPU can have at once.
+
+        A call that does not block the host raises the errors of this rank; those of the others, and timeouts, come from
+        `check` (a timeout from the next call, too).
         """
         with self._entered("dispatch"):
             operation = Rejectable.DISPATCH if handle is None else Rejectable.CACHED_DISPATCH
@@ -214,17 +224,19 @@ class ThroughputOperations(BufferCore):
     ) -> CombineResult:
         """Bring the rows of a dispatch back to their tokens and sum them, unweighted.
 
-        Collective; waits for the peers. The sum runs in float32: the biases, then the rows in ascending rank order,
-        one rounding to nearest even. On several nodes each node's rows are first summed and rounded, then the bias and
-        the nodes in ascending order. Weight the rows, and sum a rank's own experts, before the call.
+        Collective. On CUDA it does not block the host, runs in the stream of the call, and can be captured in a graph;
+        on the host backend it waits for the peers. The sum runs in float32: the biases, then the rows in ascending rank
+        order, one rounding to nearest even. On several nodes each node's rows are first summed and rounded, then the
+        bias and the nodes in ascending order. Weight the rows, and sum a rank's own experts, before the call.
 
         Args:
             x: ``[N, hidden]`` bfloat16, float16 or float32, one row for every received row, in that order; contiguous,
-                16-byte aligned. In memory from `get_combine_buffer` it is not copied.
+                16-byte aligned. In memory from `get_combine_buffer` it is not copied, nor on CUDA are results of a
+                dispatch of this Buffer that lie in its arena.
             handle: what the dispatch returned.
             topk_weights: float32 ``[N, K]``, summed to the tokens in the same way.
             bias: None, ``[T, hidden]`` of the dtype of `x`, or a pair of those.
-            config, previous_event, async_finish, allocate_on_comm_stream: as in `dispatch`.
+            config, previous_event, async_finish, allocate_on_comm_stream, stream: as in `dispatch`.
 
         Returns:
             `CombineResult` ``(combined_x [T, hidden], combined_topk_weights [T, K] or None, event)``; a token that went
@@ -232,7 +244,8 @@ class ThroughputOperations(BufferCore):
 
         Raises:
             HandleError: the handle is of another Buffer, or the rows do not match it.
-            InputError, PeerError, RankMismatch, PeerTimeout: as in `dispatch`.
+            InputError, PeerError, RankMismatch, PeerTimeout, CapacityError: as in `dispatch`; on CUDA as in one that
+                does not block the host.
         """
         with self._entered("combine"):
             turn = self._turn(Rejectable.COMBINE, x, stream, previous_event, async_finish)
@@ -272,14 +285,16 @@ class ThroughputOperations(BufferCore):
     def get_combine_buffer(self, handle: DispatchHandle, dtype: Any) -> Any:
         """Memory for the experts' output from which the next `combine` needs no copy.
 
-        Not collective; waits until the peers have read what the memory held before. Undefined content.
+        Not collective. Undefined content. On CUDA it is a part of the arena (an ordinary array where that has no room),
+        does not block the host, and stays valid as long as it is held. On the host backend it waits until the peers
+        have read what the memory held before, and it is valid until the next `combine`.
 
         Args:
             handle: what the dispatch returned.
             dtype: bfloat16, float16 or float32, as a NumPy dtype or torch dtype.
 
         Returns:
-            ``[N, handle's hidden]`` in the framework of the dispatch; valid until the next `combine`.
+            ``[N, handle's hidden]`` in the framework of the dispatch.
 
         Raises:
             ImmutableArray: a JAX handle. Pass an ordinary array to `combine` there.

@@ -12,28 +12,44 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from epcomm import env
-from epcomm.bootstrap import Communicator, SoloCommunicator, as_communicator, run_ranks
+from epcomm.bootstrap import Communicator, SoloCommunicator, as_communicator, discover, mps, run_ranks
 from epcomm.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 from epcomm.errors import EpcommError, InputError
 
-__all__ = ["add_arguments", "check_backend", "check_output_file", "run"]
+__all__ = ["Task", "add_arguments", "backend_here", "check_output_file", "run"]
 
 DEFAULT_RANKS = 4
 
 # What argparse put there that is no option of the command.
-_NOT_OPTIONS = ("func", "ranks", "started")
+_NOT_OPTIONS = ("func", "ranks", "started", "mps")
 
-Task = TypeVar("Task")
+
+class Task(Protocol):
+    """What `prepare` makes."""
+
+    @property
+    def backend(self) -> str:
+        """As for a Buffer."""
+
+
+TaskT = TypeVar("TaskT", bound=Task)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that all such commands have: ``--ranks`` and ``--backend``."""
     parser.add_argument("--ranks", type=int, metavar="N", help=f"number of ranks (default: {DEFAULT_RANKS})")
     parser.add_argument("--backend", choices=("auto", "host", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--mps",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="start MPS, without which ranks that share a GPU take turns (default: auto, where they share one)",
+    )
     # Given to the ranks that `run` starts: even under a launcher that tells them nothing they start no others.
     parser.add_argument("--started", action="store_true", help=argparse.SUPPRESS)
 
@@ -41,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     command: str,
     args: argparse.Namespace,
-    prepare: Callable[[argparse.Namespace, int], Task],
-    program: Callable[[Communicator, Task], int],
+    prepare: Callable[[argparse.Namespace, int], TaskT],
+    program: Callable[[Communicator, TaskT], int],
 ) -> int:
     """Run `command` on ``args.ranks`` ranks, or take part in the job that this process belongs to. Blocks the host.
 
@@ -58,7 +74,8 @@ def run(
         The exit status; 2 after an InputError of `prepare`, which is printed as one line.
 
     Raises:
-        EpcommError: there is no mpirun, or a single rank failed. A rank of a job does not raise, it ends the job.
+        EpcommError: there is no mpirun, or no MPS that was asked for, or a single rank failed. A rank of a job does not
+            raise, it ends the job.
     """
     if args.started or any(env.lookup(name) for name in env.LAUNCHER_SIZE_VARIABLES):
         return _run_rank(command, args, prepare, program)
@@ -69,15 +86,42 @@ def run(
         return _refuse(command, str(error))
     if num_ranks == 1:
         return program(SoloCommunicator(), task)
-    returncode, _ = run_ranks(num_ranks, _rank_command(command, args, num_ranks))
+    with _service(command, args.mps, task.backend, num_ranks) as changes:
+        returncode, _ = run_ranks(num_ranks, _rank_command(command, args, num_ranks), env=changes)
     return returncode if returncode >= 0 else 128 - returncode  # as shells report signals
 
 
-def check_backend(backend: str) -> None:
-    """Raise what a Buffer of all ranks would raise for `backend`, once and not by every rank."""
-    from epcomm.buffer import Buffer
+def backend_here(wanted: str, *, low_latency: bool = False) -> str:
+    """The backend, "host" or "cuda", that a Buffer of one rank would have on this machine. Makes no CUDA context.
 
-    Buffer(SoloCommunicator(), backend=backend, ranks_per_node=1).destroy()
+    Raises:
+        UnsupportedOption: `wanted` is not there; once, and not from every rank.
+    """
+    from epcomm.buffer.core import choose_backend
+
+    comm = SoloCommunicator()
+    return choose_backend(comm, discover(comm, 1), wanted, low_latency)
+
+
+def _service(command: str, choice: str, backend: str, num_ranks: int) -> AbstractContextManager[dict[str, str]]:
+    """MPS for the job where its ranks share GPUs; gives changes to the ranks' environment."""
+    if choice == "off" or (choice == "auto" and not _is_gpu_shared(backend, num_ranks)):
+        return nullcontext({})
+    if choice == "auto" and not mps.is_installed():
+        print(
+            f"epcomm {command}: no {mps.PROGRAM} on PATH: ranks that share a GPU take turns, about 3000 times slower",
+            file=sys.stderr,
+        )
+        return nullcontext({})
+    return mps.running()
+
+
+def _is_gpu_shared(backend: str, num_ranks: int) -> bool:
+    if backend_here(backend) != "cuda":
+        return False
+    import cupy
+
+    return num_ranks > int(cupy.cuda.runtime.getDeviceCount())
 
 
 def check_output_file(option: str, path: str) -> None:
@@ -111,8 +155,8 @@ def _rank_command(command: str, args: argparse.Namespace, num_ranks: int) -> lis
 def _run_rank(
     command: str,
     args: argparse.Namespace,
-    prepare: Callable[[argparse.Namespace, int], Task],
-    program: Callable[[Communicator, Task], int],
+    prepare: Callable[[argparse.Namespace, int], TaskT],
+    program: Callable[[Communicator, TaskT], int],
 ) -> int:
     """The part of one rank. If it fails it takes the job along: the others may be waiting for it."""
     comm = as_communicator(None)
@@ -132,8 +176,8 @@ def _run_rank(
 
 
 def _prepared(
-    args: argparse.Namespace, num_ranks: int, prepare: Callable[[argparse.Namespace, int], Task]
-) -> tuple[Task | None, str, int]:
+    args: argparse.Namespace, num_ranks: int, prepare: Callable[[argparse.Namespace, int], TaskT]
+) -> tuple[TaskT | None, str, int]:
     """(task, problem, exit status): what rank 0 tells the others; the task is None when there is a problem."""
     try:
         if args.ranks not in (None, num_ranks):

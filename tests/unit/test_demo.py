@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from epcomm.bootstrap import SoloCommunicator, run_local
 from epcomm.buffer import Buffer
 from epcomm.cli import demo, job
 from epcomm.cli.demo import program, report
+from epcomm.cli.demo.arrays import CupyArrays
 from epcomm.cli.demo.checks import compare_layers
 from epcomm.cli.demo.model import BFLOAT16, Expert, LayerConfig, MoeLayer, fit_groups
 from epcomm.cli.demo.program import Task, run_ranks_part
@@ -92,7 +94,7 @@ def test_plot_without_matplotlib_has_the_pip_line(capsys, monkeypatch, tmp_path)
 
 def test_the_ranks_get_the_options_of_their_starter(monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr(job, "run_ranks", lambda n, command: (started.append((n, command)), (-9, ""))[1])
+    monkeypatch.setattr(job, "run_ranks", lambda n, command, env: (started.append((n, command)), (-9, ""))[1])
     options = ["--experts=6", "--topk=2", "--hidden=64", "--seed=3", "--backend=host"]
     if importlib.util.find_spec("matplotlib"):  # else the option is refused
         options.append(f"--plot={tmp_path}/a b.png")
@@ -286,14 +288,33 @@ def test_wrong_combine_is_found(monkeypatch):
 def test_an_expert_left_out_is_found(monkeypatch):
     forget = program.forward
 
-    def broken(buffer, layer, experts, x, timer):
-        return forget(buffer, layer, experts[:-1] if buffer.rank == 1 else experts, x, timer)
+    def broken(buffer, arrays, layer, experts, x, timer):
+        return forget(buffer, arrays, layer, experts[:-1] if buffer.rank == 1 else experts, x, timer)
 
     monkeypatch.setattr(program, "forward", broken)
     outcome = run_demo(2, make_task())
     assert not outcome.error.holds
     assert not any(outcome.dispatch_problems + outcome.combine_problems)
     assert "FAIL  layer" in report.report(outcome)
+
+
+def test_arrays_of_a_gpu_take_the_same_way(monkeypatch):
+    # NumPy stands for CuPy, and the host backend for CUDA.
+    cupy = SimpleNamespace(
+        **{name: getattr(np, name) for name in ("asarray", "empty", "float32", "isnan", "nonzero", "where", "zeros")},
+        asnumpy=np.asarray,
+        ElementwiseKernel=lambda *_: lambda a, b, _depth, _width, product: np.matmul(a, b, out=product),
+        cuda=SimpleNamespace(
+            Device=lambda: SimpleNamespace(id=0),
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+            runtime=SimpleNamespace(getDeviceProperties=lambda _: {"name": b"a GPU"}),
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(program, "arrays_of", lambda _: CupyArrays())
+    outcome = run_demo(2, make_task())
+    assert outcome.holds
+    assert "(CuPy on a GPU); 2 ranks on 1 node" in report.report(outcome)
 
 
 def test_layers_are_compared_element_by_element():
@@ -353,7 +374,7 @@ def test_one_rank_needs_no_mpi(short_text):
 
 
 def test_a_failed_check_is_status_1(monkeypatch, capsys, short_text):
-    monkeypatch.setattr(Expert, "__call__", lambda expert, x: x.astype(np.float32) * np.float32(np.nan))
+    monkeypatch.setattr(Expert, "__call__", lambda expert, rows, *_: rows * np.float32(np.nan))
     assert cli.main(["demo", "--ranks=1", "--hidden=64", "--experts=8", f"--text={short_text}"]) == 1
     assert capsys.readouterr().out.endswith("\nTHE CHECK FAILED\n")
 

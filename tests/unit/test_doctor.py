@@ -154,7 +154,7 @@ def test_every_check_of_the_task_has_a_line(report):
         "driver",
         "gpu",
     }
-    wanted |= {"mps", "cupy", "nvrtc", "nvjitlink", "nvshmem", "torch", "jax", "shared memory", "cache"}
+    wanted |= {"mps", "cupy", "nvrtc", "nvjitlink", "kernels", "nvshmem", "torch", "jax", "shared memory", "cache"}
     assert wanted | set(env.VARIABLES) <= set(checks)
 
 
@@ -183,8 +183,8 @@ def test_torch_and_jax_are_in_different_processes():
     assert limits["torch"] == limits["jax"] == 60
 
 
-def test_only_the_smoke_test_runs_last():
-    assert [probe.name for probe in runner.PROBES if probe.last] == ["smoke test"]
+def test_only_the_smoke_tests_run_last():
+    assert [probe.name for probe in runner.PROBES if probe.last] == ["smoke test", "gpu smoke test"]
     assert runner.PROBES[-1].last
 
 
@@ -282,6 +282,7 @@ HEALTHY = [
     Finding("gpu", "warn", "1 x GPU"),
     Finding("cupy", "ok", "14"),
     Finding("nvrtc", "ok", "13.0"),
+    Finding("kernels", "ok", "7 compiled"),
     Finding("smoke test", "ok", "bitwise right"),
 ]
 
@@ -299,9 +300,17 @@ def test_host_works_only_with_a_good_smoke_test(status):
 
 def test_cuda_state_names_the_first_thing_missing():
     assert findings.cuda_state(HEALTHY) == "has all it needs (not exercised)"
-    for check in ("cuda backend", "cuda sources", "gpu", "cupy", "nvrtc"):
+    for check in ("cuda backend", "cuda sources", "gpu", "cupy", "nvrtc", "kernels"):
         assert findings.cuda_state(without(check)) == f"not usable ({check}: broken)"
     assert findings.cuda_state([]) == "not usable (cuda backend: not checked)"
+
+
+def test_cuda_works_only_with_a_good_smoke_test():
+    smoke = Finding("gpu smoke test", "ok", "bitwise right")
+    assert findings.cuda_state([*HEALTHY, smoke]) == "works"
+    smoke = Finding("gpu smoke test", "FAIL", "wrong")
+    assert findings.cuda_state([*HEALTHY, smoke]) == "has all it needs, but does not work (wrong)"
+    assert findings.cuda_state([*without("gpu"), smoke]) == "not usable (gpu: broken)"
 
 
 def test_text_is_aligned_with_advice_below():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from epcomm import env
-from epcomm.bootstrap import launcher
-from epcomm.cli.doctor import cuda_packages, gpu, machine, mpi, packages
+from epcomm import env, kernels
+from epcomm.backends import cuda
+from epcomm.bootstrap import launcher, mps
+from epcomm.cli.doctor import cuda_backend, cuda_packages, gpu, machine, mpi, packages
 from epcomm.cli.doctor.findings import Finding
-from epcomm.errors import MpiMissing
+from epcomm.errors import CompileError, MissingDependency, MpiMissing
+from epcomm.jit import compiler
 
 
 def installed_are(monkeypatch, **versions):
@@ -198,6 +202,52 @@ def test_outcome_of_the_smoke_job(monkeypatch, returncode, output, status, words
     (finding,) = mpi.probe_smoke()
     assert (finding.check, finding.status) == ("smoke test", status)
     assert finding.text.endswith(words)
+
+
+@pytest.mark.parametrize(("num_gpus", "mps_starts"), [(1, True), (2, False)])
+def test_gpu_smoke_runs_under_mps_where_the_ranks_share(monkeypatch, num_gpus, mps_starts):
+    seen = {}
+
+    def run_ranks(_n, command, *, env, **_options):
+        seen.update(backend=command[-1], env=env)
+        return 0, "epcomm-smoke: right\n"
+
+    monkeypatch.setattr(launcher, "run_ranks", run_ranks)
+    monkeypatch.setattr(cuda, "why_not", lambda: "")
+    monkeypatch.setattr(mps, "is_installed", lambda: True)
+    monkeypatch.setattr(mps, "running", lambda: contextlib.nullcontext({"CUDA_MPS_PIPE_DIRECTORY": "here"}))
+    runtime = SimpleNamespace(getDeviceCount=lambda: num_gpus)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    assert cuda_backend.probe_smoke() == [Finding("gpu smoke test", "ok", "right")]
+    assert seen == {"backend": "cuda", "env": {"CUDA_MPS_PIPE_DIRECTORY": "here"} if mps_starts else {}}
+
+
+def test_gpu_smoke_says_why_it_does_not_run(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda: "no GPU")
+    assert cuda_backend.probe_smoke() == [Finding("gpu smoke test", "missing", "not run: no GPU")]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (None, "ok", "2 compiled for sm_90 in "),
+        (MissingDependency("nvrtc", got="none"), "missing", "not compiled: nvrtc: got none"),
+        (CompileError("kernels/a.cu", got="an error"), "FAIL", "kernels/a.cu: got an error"),
+    ],
+    ids=["compiles", "no_compiler", "errors"],
+)
+def test_kernels(monkeypatch, error, status, text):
+    def compile_program(_program, _architecture):
+        if error is not None:
+            raise error
+        return bytes(2048)
+
+    monkeypatch.setattr(cuda, "why_not", lambda: "no GPU")
+    monkeypatch.setattr(compiler, "compile_program", compile_program)
+    monkeypatch.setattr(kernels, "PROGRAMS", ("a", "b"))
+    (finding,) = cuda_backend.probe_kernels()
+    assert (finding.check, finding.status) == ("kernels", status)
+    assert finding.text.startswith(text)
 
 
 # The driver

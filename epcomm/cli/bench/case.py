@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from epcomm.numerics import BFLOAT16, FP8_BLOCK, FP8_E4M3
 from epcomm.testing import grouped_routing, per_token_cast_to_fp8, token_data, uniform_routing, zipf_routing
 
-__all__ = ["DTYPES", "ROUTINGS", "Case", "Inputs", "expert_rows", "make_inputs"]
+__all__ = ["DTYPES", "ROUTINGS", "Case", "Inputs", "expert_rows", "make_inputs", "make_routing"]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": BFLOAT16,
@@ -27,7 +27,10 @@ _EXPERT_ROWS_SEED = 1000  # plus the rank: the rows of two ranks for one token d
 
 @dataclass(frozen=True)
 class Case:
-    """All parameters of a run; `tokens` are those of one rank, `experts` those of all ranks."""
+    """All parameters of a run; `tokens` are those of one rank, `experts` those of all ranks.
+
+    `sms` are numbers of SMs to measure with in turn, on CUDA; empty for the Buffer's own.
+    """
 
     mode: str
     backend: str
@@ -41,6 +44,7 @@ class Case:
     routing: str
     repeats: int
     json: str | None
+    sms: tuple[int, ...] = ()
 
     @property
     def scale_bytes(self) -> int:
@@ -71,12 +75,19 @@ class Inputs:
 def make_inputs(case: Case, rank: int) -> Inputs:
     """The inputs of `rank`, for whoever asks."""
     first = rank * case.tokens
+    topk_idx, topk_weights = make_routing(case, rank)
     dtype = BFLOAT16 if case.dtype == "fp8" else DTYPES[case.dtype]
     x, scales = token_data(case.tokens, case.hidden, dtype, seed=_SEED, first_token=first), None
     if case.dtype == "fp8":
         x, scales = per_token_cast_to_fp8(x)
+    return Inputs(x, scales, topk_idx, topk_weights)
+
+
+def make_routing(case: Case, rank: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The choices of the tokens of `rank` and their weights, ``[T, K]`` each."""
+    first = rank * case.tokens
     weights = token_data(case.tokens, case.topk, np.float32, seed=_SEED + 1, first_token=first)
-    return Inputs(x, scales, _routing(case, first), np.abs(weights))
+    return _routing(case, first), np.abs(weights)
 
 
 def _routing(case: Case, first: int) -> NDArray[np.int64]:

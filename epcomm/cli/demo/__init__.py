@@ -4,6 +4,7 @@
 
     text.py       the tokens
     model.py      embedding, gate, experts; the dense layer
+    arrays.py     in host memory or on the GPU
     layer.py      the layer over the ranks, as a program with a Buffer writes it
     checks.py     transport bit for bit, layer within its roundings
     program.py    what each rank does, what rank 0 concludes
@@ -84,7 +85,7 @@ def _prepare(args: argparse.Namespace, num_ranks: int) -> Task:
     if args.plot is not None:
         _check_plot(args.plot)
     text, name = load_text(args.text)
-    job.check_backend(args.backend)
+    job.backend_here(args.backend)
     return Task(LayerConfig(num_experts, args.topk, args.hidden, args.seed), text, name, args.backend, args.plot)
 
 

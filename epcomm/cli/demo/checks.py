@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.bootstrap import Topology
+from epcomm.cli.demo.arrays import Received
 from epcomm.cli.demo.model import BFLOAT16, MoeLayer
-from epcomm.handle import DispatchResult
 from epcomm.testing import assert_bitwise
 
 __all__ = ["LayerError", "Routing", "check_combine", "check_dispatch", "compare_layers"]
@@ -41,28 +41,28 @@ class Routing:
         return visited
 
 
-def check_dispatch(layer: MoeLayer, routing: Routing, rank: int, dispatched: DispatchResult) -> str:
+def check_dispatch(layer: MoeLayer, routing: Routing, rank: int, received: Received) -> str:
     """Compare what `rank` received with what the text says it should have; the first difference, or ""."""
     num_local = routing.num_local_experts
     tokens = np.flatnonzero((routing.topk_idx // num_local == rank).any(axis=1))
     is_local = routing.topk_idx[tokens] // num_local == rank
     sources = np.searchsorted(np.asarray(routing.first_token[1:]), tokens, side="right")
     wanted = {
-        "rows": (dispatched.recv_x, layer.embed(tokens)),
+        "rows": (received.rows, layer.embed(tokens)),
         "expert indices": (
-            dispatched.recv_topk_idx,
+            received.topk_idx,
             np.where(is_local, routing.topk_idx[tokens] - rank * num_local, -1),
         ),
         "weights": (
-            dispatched.recv_topk_weights,
+            received.topk_weights,
             np.where(is_local, routing.topk_weights[tokens], np.float32(0)),
         ),
         "source tokens": (
-            dispatched.handle.recv_src_idx,
+            received.sources,
             (tokens - np.asarray(routing.first_token)[sources]).astype(np.int32),
         ),
         "tokens per expert": (
-            np.array(dispatched.num_recv_tokens_per_expert_list, np.int64),
+            received.per_expert,
             np.bincount(routing.topk_idx[tokens][is_local] - rank * num_local, minlength=num_local),
         ),
     }

@@ -16,6 +16,7 @@ The bias that training adds to s for balance, when it chooses, is zero here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -89,12 +90,11 @@ class Expert:
         down = rng.standard_normal((width, hidden), np.float32) / np.sqrt(np.float32(width))
         return cls(gate, up, down)
 
-    def __call__(self, x: NDArray[Any]) -> NDArray[np.float32]:
-        rows = x.astype(np.float32)
-        gate = rows @ self.gate
-        middle = gate / (1 + np.exp(-gate)) * (rows @ self.up)
-        result: NDArray[np.float32] = middle @ self.down
-        return result
+    def __call__(self, rows: Any, matmul: Callable[[Any, Any], Any] = np.matmul) -> Any:
+        """float32 ``[n, H]`` of float32 ``[n, H]``; arrays of NumPy, or of CuPy like the weights."""
+        gate = matmul(rows, self.gate)
+        middle = gate / (1 + np.exp(-gate)) * matmul(rows, self.up)
+        return matmul(middle, self.down)
 
 
 class MoeLayer:
@@ -156,7 +156,7 @@ class MoeLayer:
             weights = np.where(topk_idx == index, topk_weights, 0).sum(axis=1, dtype=np.float32)
             tokens = np.flatnonzero(weights)
             if len(tokens):
-                y = weights[tokens, None] * Expert.make(self.config, index)(x[tokens])
+                y = weights[tokens, None] * Expert.make(self.config, index)(x[tokens].astype(np.float32))
                 total[tokens] += y
                 magnitude[tokens] += np.abs(y)
         return self.residual(x, total.astype(BFLOAT16)), magnitude

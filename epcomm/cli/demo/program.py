@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from epcomm.bootstrap import Communicator, Topology
 from epcomm.buffer import Buffer
+from epcomm.cli.demo.arrays import arrays_of
 from epcomm.cli.demo.checks import LayerError, Routing, check_combine, check_dispatch, compare_layers
 from epcomm.cli.demo.layer import PHASES, Forward, PhaseTimer, forward
 from epcomm.cli.demo.model import BFLOAT16, Expert, LayerConfig, MoeLayer
 from epcomm.cli.demo.text import first_tokens
+from epcomm.config import Config
 
 __all__ = ["NUM_TIMED", "Outcome", "Task", "run_ranks_part"]
 
@@ -38,6 +40,7 @@ class Outcome:
     Attributes:
         task: what was run.
         backend: the backend that ran it.
+        machine: what computed.
         topology: of the job.
         rows: int64 ``[R, R]``, rows that rank i sent to rank j.
         expert_load: int64 ``[R, L]``, tokens of each expert, by the rank that owns it.
@@ -48,6 +51,7 @@ class Outcome:
 
     task: Task
     backend: str
+    machine: str
     topology: Topology
     rows: NDArray[np.int64]
     expert_load: NDArray[np.int64]
@@ -93,29 +97,32 @@ def run_ranks_part(comm: Communicator, task: Task) -> Outcome | None:
     config, layer = task.config, MoeLayer(task.config, task.text)
     first_token = first_tokens(len(task.text), comm.size)
     num_local = config.num_experts // comm.size
-    experts = [Expert.make(config, comm.rank * num_local + index) for index in range(num_local)]
     x = layer.embed(range(first_token[comm.rank], first_token[comm.rank + 1]))
-    with Buffer(comm, backend=task.backend) as buffer:
+    arena_bytes = Config().get_nvl_buffer_size_hint(x.itemsize * config.hidden, comm.size)
+    with Buffer(comm, arena_bytes, backend=task.backend) as buffer:
+        arrays = arrays_of(buffer.backend)
+        own = range(comm.rank * num_local, (comm.rank + 1) * num_local)
+        experts = [arrays.put_expert(Expert.make(config, index)) for index in own]
         times_s: list[dict[str, float]] = []
         for _ in range(1 + NUM_TIMED):
-            timer = PhaseTimer(comm)
-            result = forward(buffer, layer, experts, x, timer)
+            timer = PhaseTimer(comm, arrays)
+            result = forward(buffer, arrays, layer, experts, x, timer)
             times_s.append(timer.times_s)
-        echo = buffer.combine(result.dispatched.recv_x, result.dispatched.handle).combined_x
-        topology, backend = buffer.topology, buffer.backend
+        echo = arrays.get(buffer.combine(result.dispatched.recv_x, result.dispatched.handle).combined_x)
+        received = arrays.received(result.dispatched)
+        topology, backend, machine = buffer.topology, buffer.backend, arrays.machine
     routing = _gather_routing(comm, result, first_token, num_local)
-    prefix_sum = result.dispatched.handle.recv_rank_prefix_sum
     parts = comm.allgather(
         _RankPart(
             output=result.output,
-            rows_from=np.diff(prefix_sum, prepend=0).astype(np.int64),
-            expert_load=np.array(result.dispatched.num_recv_tokens_per_expert_list, np.int64),
-            dispatch_problem=check_dispatch(layer, routing, comm.rank, result.dispatched),
+            rows_from=received.rows_from,
+            expert_load=received.per_expert,
+            dispatch_problem=check_dispatch(layer, routing, comm.rank, received),
             combine_problem=check_combine(x, routing, topology, echo),
             times_s=times_s[1:],
         )
     )
-    return _conclude(task, backend, topology, layer, parts) if comm.rank == 0 else None
+    return _conclude(task, (backend, machine), topology, layer, parts) if comm.rank == 0 else None
 
 
 def _gather_routing(comm: Communicator, result: Forward, first_token: list[int], num_local: int) -> Routing:
@@ -124,7 +131,9 @@ def _gather_routing(comm: Communicator, result: Forward, first_token: list[int],
     return Routing(topk_idx, topk_weights, first_token, num_local)
 
 
-def _conclude(task: Task, backend: str, topology: Topology, layer: MoeLayer, parts: list[_RankPart]) -> Outcome:
+def _conclude(
+    task: Task, where: tuple[str, str], topology: Topology, layer: MoeLayer, parts: list[_RankPart]
+) -> Outcome:
     """Compute the layer densely, gate included, and compare."""
     x = layer.embed(range(len(task.text)))
     want, magnitude = layer.dense(x, *layer.gate(x))
@@ -133,7 +142,8 @@ def _conclude(task: Task, backend: str, topology: Topology, layer: MoeLayer, par
     }
     return Outcome(
         task=task,
-        backend=backend,
+        backend=where[0],
+        machine=where[1],
         topology=topology,
         rows=np.stack([part.rows_from for part in parts], axis=1),
         expert_load=np.stack([part.expert_load for part in parts]),

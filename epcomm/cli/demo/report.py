@@ -64,18 +64,12 @@ def _header(outcome: Outcome) -> Iterator[str]:
     share = f"{tokens} a rank" if len(task.text) % topology.size == 0 else f"{tokens} or {tokens + 1} a rank"
     yield f"epcomm demo: one mixture-of-experts layer, its experts spread over {ranks}"
     yield ""
-    yield f"  backend  {outcome.backend}{_machine(outcome)}; {ranks} on {nodes}"
+    yield f"  backend  {outcome.backend} ({outcome.machine}); {ranks} on {nodes}"
     yield f"  tokens   {len(task.text)}, {share}: the bytes of {_shortened(task.text_name)}"
     yield (
         f"  layer    {config.num_experts} experts, {config.num_experts // topology.size} a rank; "
         f"top-{config.num_topk} in {num_kept} of {_number(num_groups, 'group')}; hidden {config.hidden}, bf16"
     )
-
-
-def _machine(outcome: Outcome) -> str:
-    if outcome.backend != "host":
-        return ""
-    return f" (NumPy on the CPU, {_number(os.cpu_count() or 1, 'core')}, no GPU)"
 
 
 def _checks(outcome: Outcome) -> Iterator[str]:

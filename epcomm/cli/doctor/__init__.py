@@ -9,8 +9,8 @@ check is a line of the report; it never takes the report away.
     findings.py       one line of the report; text, JSON, the closing summary
     runner.py         the table of probes; starts them, reads them, ends them
     child.py          what runs inside the child process
-    machine.py  mpi.py  gpu.py  cuda_packages.py  frameworks.py      the probes
-    smoke.py          the two-rank program that is started last
+    machine.py  mpi.py  gpu.py  cuda_packages.py  cuda_backend.py  frameworks.py      the probes
+    smoke.py          the two-rank program that is started last, for each backend
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--timeout",
         type=_seconds,
         metavar="S",
-        help="seconds each check may take (default: 20; 60 for torch, jax and the two-rank smoke test)",
+        help="seconds each check may take (default: 20; 60 to 90 for torch, jax, kernels, two-rank tests)",
     )
     parser.set_defaults(func=main)
 

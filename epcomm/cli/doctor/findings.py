@@ -19,7 +19,7 @@ _COLOURS: dict[Status, str] = {"ok": "\033[32m", "warn": "\033[33m", "missing": 
 _PLAIN = "\033[0m"
 
 # The checks that the CUDA backend needs, in the order in which a user would mend them.
-_CUDA_CHECKS = ("cuda backend", "cuda sources", "gpu", "cupy", "nvrtc")
+_CUDA_CHECKS = ("cuda backend", "cuda sources", "gpu", "cupy", "nvrtc", "kernels")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def host_works(findings: Sequence[Finding]) -> bool:
 
 
 def cuda_state(findings: Sequence[Finding]) -> str:
-    """Whether the parts of the CUDA backend are there, else the first one that is not."""
+    """Whether two ranks exchanged tokens through the CUDA backend, else the first of its parts that is not there."""
     by_check = {finding.check: finding for finding in findings}
     for check in _CUDA_CHECKS:
         finding = by_check.get(check)
@@ -66,7 +66,10 @@ def cuda_state(findings: Sequence[Finding]) -> str:
             return f"not usable ({check}: not checked)"
         if finding.status not in ("ok", "warn"):
             return f"not usable ({check}: {finding.text})"
-    return "has all it needs (not exercised)"
+    smoke = by_check.get("gpu smoke test")
+    if smoke is None:
+        return "has all it needs (not exercised)"
+    return "works" if smoke.status == "ok" else f"has all it needs, but does not work ({smoke.text})"
 
 
 def to_json(findings: Sequence[Finding]) -> str:

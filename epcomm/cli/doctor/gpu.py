@@ -28,6 +28,7 @@ _MODE_PROHIBITED, _MODE_EXCLUSIVE_PROCESS = 2, 3
 
 _NO_GPU = "no GPU: the host backend will be used"
 _MPS_QUERY_S = 5.0
+_START = "epcomm run --mps has it for a job, bench and demo by themselves; to keep it: nvidia-cuda-mps-control -d"
 _SLOW = "several ranks on one GPU without MPS are correct, but about 3000 times slower"
 
 
@@ -197,7 +198,7 @@ def probe_mps() -> list[Finding]:
     configured = env.lookup("CUDA_MPS_PIPE_DIRECTORY")
     pipes = Path(configured or "/tmp/nvidia-mps")
     control = shutil.which("nvidia-cuda-mps-control")
-    start = "nvidia-cuda-mps-control -d" if control else "install nvidia-cuda-mps-control (it comes with the driver)"
+    start = _START if control else "install nvidia-cuda-mps-control (it comes with the driver)"
     if _mps_answers(control, pipes):
         return [Finding("mps", "ok", f"running ({pipes})")]
     if configured:

@@ -94,7 +94,11 @@ def probe_shared_memory() -> list[Finding]:
 
 def probe_cache() -> list[Finding]:
     """The folder of compiled kernels: writable, and by nobody else, since its contents are run."""
-    folder = _cache_folder()
+    from epcomm.jit.cache import user_folder
+
+    folder = user_folder()
+    if folder is None:
+        return [Finding("cache", "warn", "no home folder: every process compiles", "set EPCOMM_CACHE_DIR")]
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     other = "set EPCOMM_CACHE_DIR to a folder of your own"
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -109,13 +113,6 @@ def probe_cache() -> list[Finding]:
         advice = f"chmod go-w {shlex.quote(str(folder))}"
         return [Finding("cache", "warn", f"{text}: others can write kernels that you would run", advice)]
     return [Finding("cache", "ok", text)]
-
-
-def _cache_folder() -> Path:
-    if configured := env.get("EPCOMM_CACHE_DIR"):
-        return Path(configured).expanduser().absolute()
-    user_cache = env.lookup("XDG_CACHE_HOME") or "~/.cache"
-    return Path(user_cache).expanduser().absolute() / "epcomm"
 
 
 def probe_environment() -> list[Finding]:

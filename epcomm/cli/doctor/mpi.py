@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 
 from epcomm import env
 from epcomm.cli.doctor import child
@@ -10,7 +11,7 @@ from epcomm.cli.doctor.findings import Finding
 from epcomm.cli.doctor.packages import installed
 from epcomm.errors import BootstrapError
 
-__all__ = ["SMOKE_LINE", "probe_mpi", "probe_smoke"]
+__all__ = ["SMOKE_LINE", "probe_mpi", "probe_smoke", "run_smoke"]
 
 # Begins the one line of the two-rank program's output that says how it went.
 SMOKE_LINE = "epcomm-smoke: "
@@ -84,14 +85,19 @@ def _probe_launcher() -> tuple[Finding, str | None]:
 
 def probe_smoke() -> list[Finding]:
     """Starts `epcomm.cli.doctor.smoke` on two ranks: dispatch and combine on the host backend, checked bitwise."""
+    return [run_smoke("smoke test", "host", {})]
+
+
+def run_smoke(check: str, backend: str, changes: Mapping[str, str]) -> Finding:
+    """The finding `check` of the two-rank program with `backend`; `changes` are to its environment."""
     from epcomm.bootstrap.launcher import run_ranks
 
-    command = child.command("epcomm.cli.doctor.smoke", runner=("-m", "mpi4py"))
-    returncode, output = run_ranks(2, command, timeout_s=_SMOKE_LIMIT_S, capture=True)
+    command = child.command("epcomm.cli.doctor.smoke", backend, runner=("-m", "mpi4py"))
+    returncode, output = run_ranks(2, command, timeout_s=_SMOKE_LIMIT_S, env=changes, capture=True)
     lines = output.splitlines()
     # Launchers glue the lines of two ranks together now and then; the first rank's words are enough.
     said = [line.split(SMOKE_LINE)[1] for line in lines if SMOKE_LINE in line]
     if returncode == 0 and said:
-        return [Finding("smoke test", "ok", said[0])]
+        return Finding(check, "ok", said[0])
     reason = said[0] if said else next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-    return [Finding("smoke test", "FAIL", f"job ended with status {returncode}: {reason}", _SMOKE_ADVICE)]
+    return Finding(check, "FAIL", f"job ended with status {returncode}: {reason}", f"{_SMOKE_ADVICE} {backend}")

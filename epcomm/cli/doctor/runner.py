@@ -33,7 +33,7 @@ class Probe:
         target: ``package.module:function``, called without arguments in the child; returns findings.
         timeout_s: seconds until the child and everything it started are killed.
         advice: what to do when it gives no answer.
-        last: run alone after all others, because it needs the cores for itself.
+        last: run after all others and alone, because it needs the cores for itself.
     """
 
     name: str
@@ -54,6 +54,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("mps", f"{_HERE}.gpu:probe_mps"),
     Probe("cupy", f"{_HERE}.cuda_packages:probe_cupy", advice=packages.pip_line("cuda", 0)),
     Probe("nvrtc", f"{_HERE}.cuda_packages:probe_compilers"),
+    Probe("kernels", f"{_HERE}.cuda_backend:probe_kernels", timeout_s=60.0),
     Probe("nvshmem", f"{_HERE}.cuda_packages:probe_nvshmem"),
     Probe("torch", f"{_HERE}.frameworks:probe_torch", timeout_s=60.0, advice="pip install --force-reinstall torch"),
     Probe("jax", f"{_HERE}.frameworks:probe_jax", timeout_s=60.0, advice="pip install --force-reinstall jax jaxlib"),
@@ -61,6 +62,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("cache", f"{_HERE}.machine:probe_cache"),
     Probe("environment", f"{_HERE}.machine:probe_environment"),
     Probe("smoke test", f"{_HERE}.mpi:probe_smoke", timeout_s=60.0, last=True),
+    Probe("gpu smoke test", f"{_HERE}.cuda_backend:probe_smoke", timeout_s=90.0, last=True),
 )
 
 
@@ -75,12 +77,12 @@ def run_all(probes: Sequence[Probe], *, timeout_s: float | None = None) -> list[
         KeyboardInterrupt: after all children are gone.
     """
     together = [probe for probe in probes if not probe.last]
-    alone = [probe for probe in probes if probe.last]
+    alone = [[probe] for probe in probes if probe.last]
     answers: dict[Probe, list[Finding]] = {}
     children = _Children()
     with ThreadPoolExecutor(max_workers=_NUM_THREADS) as pool:
         try:
-            for group in (together, alone):
+            for group in (together, *alone):
                 work = [pool.submit(run_probe, probe, timeout_s=timeout_s, children=children) for probe in group]
                 answers.update({probe: future.result() for probe, future in zip(group, work, strict=True)})
         except BaseException:

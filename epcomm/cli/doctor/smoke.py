@@ -1,6 +1,6 @@
 """The two-rank program of the doctor: one dispatch and one combine, compared bit by bit with the reference.
 
-Started by `epcomm.cli.doctor.mpi.probe_smoke` as ``mpirun -n 2 python -m mpi4py ...``. Rows and routing
+Started by `epcomm.cli.doctor.mpi.run_smoke` as ``mpirun -n 2 python -m mpi4py ... BACKEND``. Rows and routing
 are functions of the global token index, so every rank knows what all ranks sent.
 """
 
@@ -14,17 +14,19 @@ import numpy as np
 import epcomm
 from epcomm import reference, testing
 from epcomm.bootstrap import as_communicator
+from epcomm.cli.demo.arrays import arrays_of
 from epcomm.cli.doctor.mpi import SMOKE_LINE
 
 __all__ = ["main", "round_trip"]
 
 _NUM_TOKENS, _HIDDEN, _NUM_TOPK, _EXPERTS_PER_RANK = 16, 256, 2, 4
+_ARENA_BYTES = 4 << 20
 
 
 def main() -> int:
     """Runs the round trip and prints one line about it; an exception goes on, so that the launcher ends the job."""
     try:
-        line = round_trip()
+        line = round_trip(*sys.argv[1:2])
     except Exception as error:
         _say(f"{type(error).__name__}: {error}".splitlines()[0])
         raise
@@ -39,8 +41,8 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def round_trip() -> str:
-    """Dispatches and combines on the host backend. Collective over the MPI world.
+def round_trip(backend: str = "host") -> str:
+    """Dispatches and combines with `backend`. Collective over the MPI world.
 
     Returns:
         On rank 0 what was checked, on the other ranks an empty string.
@@ -61,33 +63,30 @@ def round_trip() -> str:
     ]
     weights = [np.full((_NUM_TOKENS, _NUM_TOPK), 1 / _NUM_TOPK, np.float32) for _ in firsts]
 
-    with epcomm.Buffer(comm, backend="host") as buffer:
-        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx[rank], num_experts)
+    arrays = arrays_of(backend)
+    with epcomm.Buffer(comm, _ARENA_BYTES, backend=backend) as buffer:
+        indices = arrays.put(topk_idx[rank])
+        layout = buffer.get_dispatch_layout(indices, num_experts)
         recv_x, recv_topk_idx, recv_weights, per_local_expert, handle, _ = buffer.dispatch(
-            x[rank],
-            topk_idx=topk_idx[rank],
-            topk_weights=weights[rank],
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
+            arrays.put(x[rank]), topk_idx=indices, topk_weights=arrays.put(weights[rank]), **layout.arguments()
         )
         combined_x, _, _ = buffer.combine(recv_x, handle)
 
         dispatched = reference.dispatch(x, topk_idx, num_experts, topk_weights=weights)
         want = dispatched[rank]
-        testing.assert_bitwise(recv_x, want.recv_x, "dispatch, rows")
-        testing.assert_bitwise(recv_topk_idx, want.recv_topk_idx, "dispatch, expert indices")
-        testing.assert_bitwise(recv_weights, want.recv_topk_weights, "dispatch, weights")
+        testing.assert_bitwise(arrays.get(recv_x), want.recv_x, "dispatch, rows")
+        testing.assert_bitwise(arrays.get(recv_topk_idx), want.recv_topk_idx, "dispatch, expert indices")
+        testing.assert_bitwise(arrays.get(recv_weights), want.recv_topk_weights, "dispatch, weights")
         testing.assert_bitwise(
             np.array(per_local_expert), np.array(want.num_recv_tokens_per_expert_list), "dispatch, tokens per expert"
         )
         combined = reference.combine([result.recv_x for result in dispatched], topk_idx, num_experts)
-        testing.assert_bitwise(combined_x, combined[rank][0], "combine, rows")
+        testing.assert_bitwise(arrays.get(combined_x), combined[rank][0], "combine, rows")
     comm.barrier()  # no word of success before both ranks have compared
     if rank:
         return ""
-    return f"2 ranks dispatched and combined {_NUM_TOKENS} rows of {_HIDDEN} bfloat16 each, bitwise right"
+    where = f" ({arrays.machine})" if backend == "cuda" else ""
+    return f"2 ranks dispatched and combined {_NUM_TOKENS} rows of {_HIDDEN} bfloat16 each, bitwise right{where}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""The measured operations of one rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from epcomm.buffer import Buffer
+from epcomm.cli.bench.case import DTYPES, Case
+from epcomm.cli.bench.cuda import checks
+from epcomm.cli.bench.cuda.data import make_bits
+from epcomm.cli.bits import as_bits, as_rows
+from epcomm.config import Config
+from epcomm.handle import DispatchResult, LayoutResult
+
+__all__ = ["Calls", "Operation"]
+
+_TOPK_BYTES = 8 + 4  # of a choice: expert index and weight
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing to measure. Bytes are those of all ranks together.
+
+    Attributes:
+        name: its row in the table.
+        waits: the call blocks the host, so it cannot be queued behind others.
+        logical_bytes: delivered, from a rank's own memory included.
+        wire_bytes: those of them from other ranks.
+        floor_bytes: what the least that does the work reads and writes, see `Calls.operations`.
+    """
+
+    name: str
+    waits: bool
+    logical_bytes: int
+    wire_bytes: int
+    floor_bytes: int
+
+
+class Calls:
+    """The calls, and what they need: arrays on the GPU, handles.
+
+    Args:
+        xp: cupy (numpy in tests).
+        buffer: with room in its arena.
+        outside: without an arena: all that it moves goes through windows.
+        case: the sizes.
+        routing: of all ranks.
+    """
+
+    def __init__(self, xp: Any, buffer: Buffer, outside: Buffer, case: Case, routing: checks.Routing) -> None:
+        self._xp, self._buffer, self._outside, self._case, self._routing = xp, buffer, outside, case, routing
+        self._rank = buffer.rank
+        self._download: Callable[[Any], Any] = getattr(xp, "asnumpy", np.asarray)
+        self._topk_idx = xp.asarray(routing.topk_idx[self._rank])
+        self._topk_weights = xp.asarray(routing.topk_weights[self._rank])
+        self._seed = 0
+        self._payload: Any = None
+        self.config: Config | None = None
+        self._layout = self.layout()
+        self._renew()
+        self._handle = self.dispatch(buffer).handle
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="no room in the arena")  # that is what it is for
+            self._outside_handle = self.dispatch(outside).handle
+        bits = checks.output_bits(xp, case, routing, self._rank)
+        self._y = as_rows(bits, case.combine_dtype)
+        self._y_in_arena = buffer.get_combine_buffer(self._handle, case.combine_dtype)
+        as_bits(self._y_in_arena)[...] = bits
+
+    def _renew(self) -> None:
+        """New rows, so that what an earlier call left in memory cannot pass for a result."""
+        xp, case = self._xp, self._case
+        self._seed += 1
+        tokens = xp.arange(self._rank * case.tokens, (self._rank + 1) * case.tokens)
+        dtype = DTYPES[case.dtype]
+        x = as_rows(make_bits(xp, tokens, case.hidden, dtype, self._seed), dtype)
+        if case.dtype == "fp8":
+            scales = checks.scales_bits(xp, case, tokens, self._seed)
+            self._payload = (x, as_rows(scales, np.dtype(np.float32)))
+        else:
+            self._payload = x
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def layout(self) -> LayoutResult:
+        return self._buffer.get_dispatch_layout(self._topk_idx, self._case.experts)
+
+    def dispatch(self, buffer: Buffer) -> DispatchResult:
+        """Counts, CPU wait, expert indices and weights."""
+        return buffer.dispatch(
+            self._payload,
+            topk_idx=self._topk_idx,
+            topk_weights=self._topk_weights,
+            config=self.config,
+            **self._layout.arguments(),
+        )
+
+    def cached_dispatch(self) -> DispatchResult:
+        return self._buffer.dispatch(self._payload, handle=self._handle, config=self.config)
+
+    def cached_dispatch_outside(self) -> DispatchResult:
+        return self._outside.dispatch(self._payload, handle=self._outside_handle, config=self.config)
+
+    def combine_in_arena(self) -> Any:
+        return self._buffer.combine(self._y_in_arena, self._handle, config=self.config).combined_x
+
+    def combine(self) -> Any:
+        """Of an ordinary array, which is copied into the arena first."""
+        return self._buffer.combine(self._y, self._handle, config=self.config).combined_x
+
+    def combine_by_window(self) -> Any:
+        return self._outside.combine(self._y, self._outside_handle, config=self.config).combined_x
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    def differences(self) -> list[str]:
+        """Make every call once and compare all of its result. Collective, blocks the host."""
+        case, routing, rank = self._case, self._routing, self._rank
+        found = [
+            f"get_dispatch_layout: {text}" for text in checks.check_layout(self._download, routing, rank, self.layout())
+        ]
+        dispatches: list[tuple[str, Callable[[], DispatchResult]]] = [
+            ("dispatch", lambda: self.dispatch(self._buffer)),
+            ("dispatch, cached", self.cached_dispatch),
+            ("dispatch, outside", lambda: self.dispatch(self._outside)),
+            ("dispatch, cached, outside", self.cached_dispatch_outside),
+        ]
+        for name, call in dispatches:
+            self._renew()
+            texts = checks.check_dispatch(self._xp, self._download, case, routing, rank, self._seed, call())
+            found += [f"{name}: {text}" for text in texts]
+        for name, combine in (
+            ("combine, in the arena", self.combine_in_arena),
+            ("combine", self.combine),
+            ("combine, by window", self.combine_by_window),
+        ):
+            found += [f"{name}: {text}" for text in checks.check_combine(self._xp, case, routing, rank, combine())]
+        return found
+
+    # -- what to measure ------------------------------------------------------------------------------------------
+
+    def operations(self) -> Iterator[tuple[Operation, Callable[[], object]]]:
+        """What to measure in the order of the table, and the call, which runs in the current stream.
+
+        The floor of an operation whose results lie in the arena is to read the source rows once and to write the
+        received rows once (combine: the other way round). Outside of it every received row is also written to memory
+        that peers address, and read from there.
+        """
+        case, rows = self._case, self._routing.rows
+        num_tokens, num_rows, num_own = case.tokens * case.ranks, int(rows.sum()), int(rows.trace())
+        row = case.hidden * DTYPES[case.dtype].itemsize + (case.scale_bytes if case.dtype == "fp8" else 0)
+        back = case.hidden * case.combine_dtype.itemsize
+        whole = row + case.topk * _TOPK_BYTES
+
+        def operation(name: str, moved: int, crossings: int, floor_row: int, *, waits: bool = False) -> Operation:
+            floor = (num_tokens + crossings * num_rows) * floor_row
+            return Operation(name, waits, num_rows * moved, (num_rows - num_own) * moved, floor)
+
+        yield Operation("get_dispatch_layout", False, 0, 0, 0), self.layout
+        yield operation("dispatch", whole, 1, row, waits=True), lambda: self.dispatch(self._buffer)
+        yield operation("dispatch, cached", row, 1, row), self.cached_dispatch
+        yield operation("dispatch, outside", whole, 3, row, waits=True), lambda: self.dispatch(self._outside)
+        yield operation("dispatch, cached, outside", row, 3, row), self.cached_dispatch_outside
+        yield operation("combine, in the arena", back, 1, back), self.combine_in_arena
+        yield operation("combine", back, 3, back), self.combine
+        yield operation("combine, by window", back, 3, back), self.combine_by_window

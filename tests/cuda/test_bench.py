@@ -1,0 +1,97 @@
+"""``epcomm bench`` and ``epcomm demo`` on a GPU, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.gpu import need_gpu
+
+cupy = need_gpu()
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--tokens=96", "--hidden=512", "--experts=16", "--topk=4", "--repeats=4"]
+
+
+def epcomm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The program; it starts its ranks, and MPS for them, itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "epcomm", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "fp32"), (2, "bf16"), (3, "fp8")])
+def test_everything_is_checked_and_measured(ranks, dtype, tmp_path):
+    file = tmp_path / "lines.json"
+    experts = ["--experts=15"] if ranks == 3 else []
+    done = epcomm("bench", f"--ranks={ranks}", f"--dtype={dtype}", "--sms=4,2", f"--json={file}", *SMALL, *experts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every row of every rank was right in all its bits, before and after" in done.stdout
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["sms"] for record in records] == 8 * [4] + 8 * [2]
+    for record in records:
+        assert record["backend"] == "cuda"
+        assert 0 < record["p50_us"] <= record["p99_us"]
+        assert record["chain_us"] > 0
+        # A floor is one only if nothing is faster; small rows stay in the cache, so it says little here.
+        assert (record["floor_us"] is None) == (record["operation"] == "get_dispatch_layout")
+
+
+WRONG = """
+import sys
+import epcomm
+from epcomm.__main__ import main
+from epcomm.cli.bits import as_bits
+combine = epcomm.Buffer.combine
+def broken(buffer, *args, **options):
+    result = combine(buffer, *args, **options)
+    as_bits(result.combined_x)[5, 7] ^= 1
+    return result
+epcomm.Buffer.combine = broken
+sys.exit(main(["bench", "--backend=cuda", "--ranks=1", *sys.argv[1:]]))
+"""
+
+
+def test_one_wrong_bit_ends_it():
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG, *SMALL],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "combine: sums: 1 of 96 differ, first number 5" in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_demo(ranks):
+    done = epcomm("demo", f"--ranks={ranks}", "--backend=cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "backend  cuda (CuPy on " in done.stdout
+    assert done.stdout.endswith("\nall checks hold\n")
+
+
+def test_demo_takes_the_gpu_by_itself():
+    environment = {name: value for name, value in os.environ.items() if name != "EPCOMM_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, "-m", "epcomm", "demo", "--ranks=1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+    )
+    assert "backend  cuda (CuPy on " in done.stdout, done.stdout + done.stderr

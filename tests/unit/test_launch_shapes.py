@@ -1,0 +1,100 @@
+"""Launch shapes for rows of any size: they fit shared memory, and their pieces cover the row."""
+
+from __future__ import annotations
+
+import pytest
+
+from epcomm.backends.cuda.job import default_num_sms
+from epcomm.errors import CapacityError
+from epcomm.kernels import combine, dispatch, dispatch_layout
+from epcomm.kernels.layout import MAX_RANKS, UNIT
+from epcomm.kernels.rows import SHARED_BYTES, Pieces
+from epcomm.kernels.window import WINDOW_BYTES, Window
+
+ROW_BYTES = [*range(16, 1200, 16), *range(1200, 60000, 1008), 14336, 14352, 28672, 28688, 100000, 262144, 1 << 20]
+MAX_PIECE = 14336
+
+
+def assert_covers(pieces: Pieces, row_bytes: int) -> None:
+    assert pieces.row_bytes == row_bytes
+    assert pieces.piece_bytes % 16 == 0
+    last = row_bytes - (pieces.num_pieces - 1) * pieces.piece_bytes
+    assert 0 < last <= pieces.piece_bytes
+    assert last % 16 == 0
+
+
+def assert_fits(threads: int, shared_bytes: int) -> None:
+    assert threads % 32 == 0
+    assert 64 <= threads <= 512  # two roles, each of whole warps; the bound that the kernels are compiled with
+    assert shared_bytes <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("has_bulk", [True, False])
+@pytest.mark.parametrize("is_windowed", [True, False])
+@pytest.mark.parametrize("blocks_on_gpu", [1, 24, 128])
+def test_dispatch(blocks_on_gpu, is_windowed, has_bulk):
+    for row_bytes in ROW_BYTES:
+        shape = dispatch.shape(row_bytes, has_bulk, blocks_on_gpu, is_windowed)
+        assert_covers(shape.pieces, row_bytes)
+        assert shape.pieces.piece_bytes <= MAX_PIECE
+        assert_fits(shape.threads, shape.shared_bytes)
+        num_warps = shape.threads // 32
+        if has_bulk:
+            stages = num_warps * dispatch.STAGES * (8 + shape.pieces.piece_bytes)
+            assert stages <= shape.shared_bytes < stages + 128
+        # Pieces of about equal size: none is short by more than 16 bytes for each piece.
+        assert shape.pieces.piece_bytes * shape.pieces.num_pieces - row_bytes < 16 * shape.pieces.num_pieces
+
+
+@pytest.mark.parametrize("has_bulk", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8, 13, 31, 32])
+def test_combine(num_ranks, has_bulk):
+    for row_bytes in ROW_BYTES:
+        shape = combine.shape(row_bytes, num_ranks, has_bulk)
+        assert shape.piece_bytes % 16 == 0
+        assert 16 <= shape.piece_bytes <= row_bytes
+        assert_covers(shape.feed, row_bytes)
+        # Rows on their way to the window use the stages of the rows that are pulled.
+        assert shape.feed.piece_bytes <= shape.piece_bytes * num_ranks
+        assert_fits(shape.threads, shape.shared_bytes)
+        if has_bulk:
+            num_warps = shape.threads // 32
+            stages = num_warps * combine.STAGES * (16 + shape.piece_bytes * num_ranks)
+            assert stages <= shape.shared_bytes < stages + 128
+
+
+def test_layout():
+    for num_tokens in (0, 1, 255, 256, 257, 4096, 1 << 20):
+        blocks = dispatch_layout.num_blocks(num_tokens)
+        assert 1 <= blocks <= dispatch_layout.MAX_BLOCKS
+        assert blocks == dispatch_layout.MAX_BLOCKS or blocks * dispatch_layout.THREADS >= num_tokens
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (20, 32, 16), (3, 8, 0), (1, 1, 4)])
+def test_slots(sizes):
+    """Fields do not overlap, and what is read in words starts at one."""
+    for row_bytes in (16, 48, 14352):
+        slot = dispatch.slot(row_bytes, *sizes)
+        lengths = (row_bytes, *sizes, 4)
+        ends = [start + length for start, length in zip(slot.fields, lengths, strict=False)]
+        assert all(end <= start for end, start in zip(ends, slot.fields[1:5], strict=False))
+        assert ends[-1] <= slot.num_bytes
+        assert slot.num_bytes % 16 == 0
+        assert all(start % 8 == 0 for start in slot.fields)
+
+
+def test_a_row_that_is_larger_than_a_window():
+    for num_ranks in (1, 8, MAX_RANKS):
+        most = WINDOW_BYTES // (2 * num_ranks) // UNIT * UNIT - UNIT - 4
+        assert Window(num_ranks).cut(most).num_slots == 1
+        with pytest.raises(CapacityError, match=f"^hidden: got rows of {most + 1} bytes .*; wanted at most {most}"):
+            Window(num_ranks).cut(most + 1)
+
+
+@pytest.mark.parametrize(
+    ("sms", "ranks_on_gpu", "wanted"),
+    [(132, 1, 24), (132, 5, 24), (132, 6, 22), (132, 8, 16), (132, 200, 1), (7, 1, 7)],
+)
+def test_default_number_of_sms(sms, ranks_on_gpu, wanted):
+    assert default_num_sms(sms, ranks_on_gpu) == wanted
+    assert wanted * ranks_on_gpu <= max(sms, ranks_on_gpu)

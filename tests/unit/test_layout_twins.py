@@ -1,0 +1,198 @@
+"""What Python and CUDA say of the same memory is the same: the compiler compares every offset, size and number."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from helpers.nvrtc import compile_cubin, needs_nvrtc
+
+from epcomm.backends.cuda import page
+from epcomm.errors import CompileError
+from epcomm.kernels import arguments, combine, dispatch, dispatch_layout, exchange, layout, window
+
+WINDOW = ("window.offset", "window.area_bytes", "window.slot_bytes", "window.num_slots")
+
+
+def array(name: str, count: int) -> list[str]:
+    return [f"{name}[{index}]" for index in range(count)]
+
+
+def words(names: str) -> list[str]:
+    return names.split()
+
+
+def pieces(name: str) -> list[str]:
+    return [f"{name}.row_bytes", f"{name}.piece_bytes", f"{name}.num_pieces"]
+
+
+# Struct -> (source, where its fields begin, what Python packs, names of the fields in that order).
+STRUCTS = {
+    "Comm": (
+        "common/layout.cuh",
+        0,
+        arguments.COMM,
+        [*array("region", layout.MAX_RANKS), "host", "region_bytes", "timeout_ns", "rank", "num_ranks"],
+    ),
+    "LayoutArgs": (
+        "kernels/dispatch_layout.cu",
+        0,
+        dispatch_layout.FIELDS,
+        words(
+            "topk_idx tokens_per_rank tokens_per_node tokens_per_expert is_token_in_rank partial ticket "
+            "num_tokens num_topk index_bytes num_experts num_ranks ranks_per_node"
+        ),
+    ),
+    "ExchangeArgs": (
+        "kernels/exchange.cu",
+        arguments.COMM.size,
+        exchange.FIELDS,
+        [
+            *words("is_token_in_rank tokens_per_rank tokens_per_expert send_pos rank_prefix"),
+            *words("num_tokens num_local_experts status tag is_awaited unused"),
+            *array("agreed", layout.NUM_AGREED),
+        ],
+    ),
+    "DispatchArgs": (
+        "kernels/dispatch.cu",
+        arguments.COMM.size,
+        dispatch.FIELDS,
+        [
+            *WINDOW,
+            *array("slot_field", 5),
+            "unused2",
+            *words("own_rows own_metadata x scales scale_stride_token scale_stride_scale"),
+            *words("topk_idx topk_weights send_pos rank_prefix"),
+            *array("out", 5),
+            *pieces("pieces"),
+            *words("stage_bytes num_tokens num_scales scale_bytes num_topk index_bytes num_local_experts"),
+            *words("num_worst_tokens is_cached has_weights unused"),
+        ],
+    ),
+    "CombineArgs": (
+        "kernels/combine.cu",
+        arguments.COMM.size,
+        combine.FIELDS,
+        [
+            *WINDOW,
+            *words("slot_weights own_rows own_weights piece_bytes"),
+            *words("x x_weights src_idx send_pos rank_prefix bias[0] bias[1] out out_weights"),
+            *pieces("feed"),
+            *words("row_bytes num_tokens num_topk num_worst_tokens unused"),
+        ],
+    ),
+}
+
+CONSTANTS = {
+    "kMaxRanks": layout.MAX_RANKS,
+    "kMaxLocalExperts": layout.MAX_LOCAL_EXPERTS,
+    "kNumAgreed": layout.NUM_AGREED,
+    "kUnit": layout.UNIT,
+    "kWorkspaceBytes": layout.WORKSPACE_BYTES,
+    "kThroughWindow": layout.THROUGH_WINDOW,
+    "kRejected": layout.REJECTED,
+    "kNoBlock": layout.NO_BLOCK,
+    "kTimeout": page._TIMEOUT,
+    "kPoisoned": page._POISONED,
+    "kAborted": page._ABORTED,
+    "kConcurrent": page._CONCURRENT,
+    "kBadOffset": page._BAD_OFFSET,
+    **{
+        name: layout.PHASES.index(phase)
+        for name, phase in {
+            "kPhaseCounts": "counts",
+            "kPhaseEntry": "entry",
+            "kPhaseDone": "done",
+            "kPhaseReady": "ready",
+            "kPhaseAck": "ack",
+        }.items()
+    },
+    **{
+        name: layout.OPERATIONS.index(operation)
+        for name, operation in {
+            "kExchange": "dispatch, counts",
+            "kDispatch": "dispatch",
+            "kCombine": "combine",
+            "kBarrier": "barrier",
+        }.items()
+    },
+}
+
+
+def packed_fields(fields: struct.Struct) -> Iterator[tuple[int, int, bool]]:
+    """(offset, bytes, signed) of each value that `fields` packs."""
+    offset = 0
+    for count, letter in re.findall(r"(\d*)([QqIi])", fields.format):
+        for _ in range(int(count or 1)):
+            num_bytes = struct.calcsize(f"<{letter}")
+            yield offset, num_bytes, letter.islower()
+            offset += num_bytes
+
+
+def same(condition: str) -> str:
+    return f'static_assert({condition}, "differs");\n'
+
+
+IS_SIGNED = """
+template <typename T> struct Value { static constexpr bool is_signed = T(-1) < T(0); };
+template <typename T> struct Value<T&> : Value<T> {};
+#define is_signed(value) (Value<decltype((value))>::is_signed)
+"""
+
+
+def assert_compiles(source: str, assertions: str) -> None:
+    compile_cubin(f'#include "{source}"\nnamespace epcomm {{{IS_SIGNED}{assertions}}}\n', "90")
+
+
+def test_the_tables_are_complete():
+    for name, (_, _, fields, names) in STRUCTS.items():
+        assert len(names) == len(list(packed_fields(fields))), name
+        assert len(set(names)) == len(names), name
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", STRUCTS)
+def test_arguments(name):
+    source, start, fields, names = STRUCTS[name]
+    assertions = same(f"sizeof({name}) == {start + fields.size}")
+    for field, (offset, num_bytes, is_signed) in zip(names, packed_fields(fields), strict=True):
+        value = f"(({name}*)0)->{field}"
+        assertions += same(f"__builtin_offsetof({name}, {field}) == {start + offset} /* {field} */")
+        assertions += same(f"sizeof({value}) == {num_bytes} /* {field} */")
+        assertions += same(f"is_signed({value}) == {str(is_signed).lower()} /* {field} */")
+    assert_compiles(source, assertions)
+
+
+@needs_nvrtc
+def test_host_page():
+    assertions = same(f"sizeof(HostPage) == {layout.HOST_PAGE.itemsize}")
+    for name, (dtype, offset) in layout.HOST_PAGE.fields.items():
+        assertions += same(f"__builtin_offsetof(HostPage, {name}) == {offset} /* {name} */")
+        assertions += same(f"sizeof(((HostPage*)0)->{name}) == {np.dtype(dtype).itemsize} /* {name} */")
+    assert_compiles("common/layout.cuh", assertions)
+
+
+@needs_nvrtc
+def test_numbers():
+    assert_compiles("common/layout.cuh", "".join(same(f"{name} == {value}u") for name, value in CONSTANTS.items()))
+    assert_compiles("kernels/exchange.cu", same(f"kStatusCounts == {exchange.STATUS_COUNTS}"))
+    assert_compiles("kernels/exchange.cu", same(f"kThreads == {exchange.THREADS}"))
+
+
+@needs_nvrtc
+def test_a_difference_is_noticed():
+    for wrong in ("sizeof(Comm) == 284", "__builtin_offsetof(Comm, rank) == 284", "kUnit == 64"):
+        with pytest.raises(CompileError, match="differs"):
+            assert_compiles("common/layout.cuh", same(wrong))
+
+
+def test_every_window_fits():
+    for num_ranks in range(1, layout.MAX_RANKS + 1):
+        cut = window.Window(num_ranks).cut(1000)
+        assert cut.offset == layout.WORKSPACE_BYTES
+        assert 2 * num_ranks * cut.area_bytes <= window.WINDOW_BYTES
+        assert cut.area_bytes % layout.UNIT == 0
+        assert 0 < cut.num_slots * cut.slot_bytes <= cut.area_bytes
