@@ -187,9 +187,17 @@ class DispatchHandle(_Handle):
 
     _LEAVES = ("is_token_in_rank", "rank_prefix_matrix", "recv_src_idx", "forward_mask", "forward_counts", "send_pos")
 
-    @cached_property
+    @property
     def recv_rank_prefix_sum(self) -> NDArray[np.int32]:
         """int32 ``[R]``: rows received from ranks 0..i. On the CUDA backend it blocks until the dispatch is done."""
+        # A replayed graph, which can only hold dispatches with num_worst_tokens, changes the matrix.
+        return self._read_prefix_sum() if self.num_worst_tokens and self.stream else self._prefix_sum
+
+    @cached_property
+    def _prefix_sum(self) -> NDArray[np.int32]:
+        return self._read_prefix_sum()
+
+    def _read_prefix_sum(self) -> NDArray[np.int32]:
         if self.stream is None:
             values = np.asarray(self.rank_prefix_matrix)
         else:

@@ -253,8 +253,8 @@ class Backend(Protocol):
     def failed(self) -> bool:
         """*Local.* Whether the device has recorded a failure that broke the Buffer."""
 
-    def comm_stream(self) -> int | None:
-        """*Local.* Raw handle of the communication stream, None on the host backend."""
+    def comm_stream(self) -> StreamRef | None:
+        """*Local.* The communication stream, None on the host backend."""
 
     def stats(self) -> dict[str, int]:
         """*Local.* Counters since construction."""

@@ -367,13 +367,11 @@ class BufferCore:
 
     def get_comm_stream(self) -> Any:
         """The communication stream, of torch if the program has imported it, else of CuPy; None on the host backend."""
-        handle = self._backend.comm_stream()
-        if handle is None:
+        stream = self._backend.comm_stream()
+        if stream is None:
             return None
         torch = sys.modules.get("torch")
-        if torch is not None:
-            return torch.cuda.ExternalStream(handle)
-        return sys.modules["cupy"].cuda.ExternalStream(handle)
+        return stream.keep if torch is None else torch.cuda.ExternalStream(stream.ptr)
 
     def get_local_buffer_tensor(
         self, dtype: Any, size: Any = None, offset: int = 0, use_rdma_buffer: bool = False

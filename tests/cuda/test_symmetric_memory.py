@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.gpu import need_gpu
 
 from epcomm.bootstrap import Communicator, run_local
 from epcomm.errors import BootstrapError, CapacityError
 from epcomm.memory.device import DeviceMemory
 from epcomm.memory.symmetric import SymmetricMemory
 
-cupy = pytest.importorskip("cupy", reason="optional package cupy is not installed (extra cuda12 or cuda13)")
-pytestmark = pytest.mark.skipif(not cupy.cuda.is_available(), reason="no GPU")
+cupy = need_gpu()
+pytestmark = pytest.mark.gpu
 
 SIZE = 3 << 20  # no multiple of the granularity
 

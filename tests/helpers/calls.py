@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from helpers import moe
+from helpers.frames import Frames, down, frames_of, up_all
 
 from epcomm import Buffer, DispatchResult, LayoutResult, LowLatencyDispatchResult
 from epcomm.bootstrap import Communicator
@@ -30,7 +31,7 @@ TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class Scene:
-    """One rank just before the call in question, its earlier results included."""
+    """One rank just before the call in question, its earlier results included. All arrays are NumPy's."""
 
     buffer: Buffer
     mine: moe.Inputs
@@ -42,14 +43,20 @@ class Scene:
     def num_experts(self) -> int:
         return moe.num_experts(self.buffer.group_size)
 
+    @property
+    def frames(self) -> Frames:
+        return frames_of(self.buffer)
+
 
 def set_scene(buffer: Buffer, operation: str) -> Scene:
     """Make the calls that come before `operation`. Collective."""
     mine = moe.inputs(buffer.rank, buffer.group_size)
-    layout = buffer.get_dispatch_layout(mine.topk_idx, moe.num_experts(buffer.group_size))
-    scene = Scene(buffer, mine, layout)
+    topk_idx = frames_of(buffer).up(mine.topk_idx)
+    layout = buffer.get_dispatch_layout(topk_idx, moe.num_experts(buffer.group_size))
+    scene = Scene(buffer, mine, LayoutResult(*down(layout[:4]), layout.event))
     if operation in ("cached_dispatch", "combine"):
-        return dataclasses.replace(scene, received=moe.send(buffer, mine))
+        received = moe.send(buffer, mine)
+        return dataclasses.replace(scene, received=DispatchResult(*down(received[:3]), *received[3:]))
     if operation == "low_latency_combine":
         return dataclasses.replace(scene, arrived=buffer.low_latency_dispatch(**_low_latency_dispatch(scene)))
     return scene
@@ -105,7 +112,7 @@ CALLS: dict[str, tuple[str, Callable[[Scene], Keywords]]] = {
 def call(scene: Scene, operation: str, changes: Keywords | None = None) -> Any:
     """`operation` with its right keywords, but for `changes`."""
     method, keywords = CALLS[operation]
-    return getattr(scene.buffer, method)(**{**keywords(scene), **(changes or {})})
+    return getattr(scene.buffer, method)(**up_all(scene.frames, {**keywords(scene), **(changes or {})}))
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,29 @@ def check_disagreement(comm: Communicator, buffer: Buffer, disagreement: Disagre
     error = error_of(lambda: call(scene, disagreement.operation, changes))
     assert_mismatch(comm, error, disagreement.differing, odd)
     assert_still_works(buffer, disagreement.operation)
+
+
+def check_late_mistake(comm: Communicator, buffer: Buffer, mistake: Mistake, bad: int, **keywords: Any) -> None:
+    """`check_mistake` where ranks do not wait for each other: the others learn from `Buffer.check`, once. Collective.
+
+    Args:
+        keywords: of the call, on all ranks, under the mistake.
+    """
+    scene = set_scene(buffer, mistake.operation)
+    changes = {**keywords, **(mistake.change(scene) if comm.rank == bad else {})}
+    error = error_of(lambda: call(scene, mistake.operation, changes))
+    scene.frames.synchronize()
+    comm.barrier()  # ranks that are threads have waited for each other's work, too
+    news = error_of(buffer.check)
+    if comm.rank == bad:
+        assert_explains(error, mistake.error, mistake.message)
+        assert news is None, repr(news)
+    else:
+        assert error is None, repr(error)
+        assert type(news) is PeerError, repr(news)
+        assert news.ranks == [bad]
+    buffer.check()
+    assert_still_works(buffer, mistake.operation)
 
 
 def assert_still_works(buffer: Buffer, operation: str) -> None:

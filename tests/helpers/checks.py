@@ -1,6 +1,7 @@
 """Run a case on a Buffer and compare everything that comes back, bit for bit, with the oracle.
 
-All functions but the `assert_…` ones are collective: every rank calls them with the same case.
+All functions but the `assert_…` ones are collective: every rank calls them with the same case. `frames` is the
+framework of the arrays that go in, by default NumPy on the host backend and CuPy on a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.cases import Inputs, LowLatencyInputs
+from helpers.frames import Frames, assign, down, frames_of, up_all
 
 from epcomm import Buffer, DispatchResult, LayoutResult, LowLatencyDispatchResult, reference
 from epcomm.errors import CapacityError
@@ -33,19 +35,22 @@ __all__ = [
 
 
 def payload(inputs: Inputs, rank: int) -> Any:
-    """The first argument of dispatch."""
+    """The first argument of dispatch, in NumPy."""
     return inputs.x[rank] if inputs.scales is None else (inputs.x[rank], inputs.scales[rank])
 
 
-def dispatch(buffer: Buffer, inputs: Inputs, **options: Any) -> tuple[LayoutResult, DispatchResult]:
+def dispatch(
+    buffer: Buffer, inputs: Inputs, frames: Frames | None = None, **options: Any
+) -> tuple[LayoutResult, DispatchResult]:
     """Layout and dispatch of a case, unchecked."""
-    rank, case = buffer.rank, inputs.case
-    layout = buffer.get_dispatch_layout(inputs.topk_idx[rank], inputs.num_experts)
+    rank, case, frames = buffer.rank, inputs.case, frames or frames_of(buffer)
+    topk_idx = frames.up(inputs.topk_idx[rank])
+    layout = buffer.get_dispatch_layout(topk_idx, inputs.num_experts)
     result = buffer.dispatch(
-        payload(inputs, rank),
+        up_all(frames, payload(inputs, rank)),
         **layout.arguments(),
-        topk_idx=inputs.topk_idx[rank],
-        topk_weights=None if inputs.topk_weights is None else inputs.topk_weights[rank],
+        topk_idx=topk_idx,
+        topk_weights=None if inputs.topk_weights is None else frames.up(inputs.topk_weights[rank]),
         expert_alignment=case.expert_alignment,
         num_worst_tokens=inputs.num_worst_tokens,
         **options,
@@ -60,20 +65,24 @@ def combine(
     num_biases: int = 0,
     with_weights: bool = False,
     x: Any = None,
+    frames: Frames | None = None,
+    **options: Any,
 ) -> Any:
-    """Combine of a case's outputs (or of `x`, which holds them), unchecked."""
-    rank = buffer.rank
-    bias: Any = inputs.biases[rank][:num_biases]
+    """Combine of a case's outputs (or of `x`, an array of `frames` that holds them), unchecked."""
+    rank, frames = buffer.rank, frames or frames_of(buffer)
+    bias: Any = up_all(frames, inputs.biases[rank][:num_biases])
     return buffer.combine(
-        inputs.outputs[rank] if x is None else x,
+        frames.up(inputs.outputs[rank]) if x is None else x,
         result.handle,
-        topk_weights=inputs.output_weights[rank] if with_weights else None,
+        topk_weights=frames.up(inputs.output_weights[rank]) if with_weights else None,
         bias=bias[0] if num_biases == 1 else bias or None,
+        **options,
     )
 
 
 def assert_layout(buffer: Buffer, inputs: Inputs, got: LayoutResult) -> None:
     topk_idx, per_node = inputs.topk_idx[buffer.rank], buffer.topology.ranks_per_node
+    got = LayoutResult(*down(got[:4]), got.event)
     want = reference.get_dispatch_layout(topk_idx, inputs.num_experts, buffer.group_size, per_node)
     assert_bitwise(got.num_tokens_per_rank, want.num_tokens_per_rank, "num_tokens_per_rank")
     assert_bitwise(got.num_tokens_per_expert, want.num_tokens_per_expert, "num_tokens_per_expert")
@@ -84,7 +93,7 @@ def assert_layout(buffer: Buffer, inputs: Inputs, got: LayoutResult) -> None:
 
 
 def _assert_rows(got: Any, want: reference.Dispatched) -> None:
-    got_x, got_scales = got if isinstance(got, tuple) else (got, None)
+    got_x, got_scales = down(got) if isinstance(got, tuple) else (down(got), None)
     real = slice(want.num_recv_tokens)  # rows past these are padding, of undefined content
     assert got_x.shape == want.recv_x.shape
     assert_bitwise(got_x[real], want.recv_x[real], "recv_x")
@@ -104,21 +113,32 @@ def assert_dispatched(buffer: Buffer, inputs: Inputs, got: DispatchResult, is_ca
         assert got.recv_topk_weights is None
         assert got.num_recv_tokens_per_expert_list == []
     else:
-        assert_bitwise(got.recv_topk_idx, want.recv_topk_idx, "recv_topk_idx")
+        assert_bitwise(down(got.recv_topk_idx), want.recv_topk_idx, "recv_topk_idx")
         assert got.num_recv_tokens_per_expert_list == want.num_recv_tokens_per_expert_list
         assert (got.recv_topk_weights is None) == (want.recv_topk_weights is None)
         if want.recv_topk_weights is not None:
             assert got.recv_topk_weights.shape == want.recv_topk_weights.shape
-            assert_bitwise(got.recv_topk_weights[real], want.recv_topk_weights[real], "recv_topk_weights")
+            assert_bitwise(down(got.recv_topk_weights)[real], want.recv_topk_weights[real], "recv_topk_weights")
     handle, per_node = got.handle, buffer.topology.ranks_per_node
     assert handle.num_recv_tokens == want.num_recv_tokens
-    assert_bitwise(handle.recv_src_idx, want.recv_src_idx[real], "recv_src_idx")
+    if buffer.backend == "host":
+        assert_bitwise(handle.recv_src_idx, want.recv_src_idx[real], "recv_src_idx")
     if buffer.topology.num_nodes == 1:
-        assert_bitwise(handle[0], want.rank_prefix_matrix, "handle[0]")
-        assert_bitwise(handle[3], want.recv_src_idx[real], "handle[3]")
+        assert_bitwise(down(handle[0]), want.rank_prefix_matrix, "handle[0]")
+        src_idx = down(handle[3])
+        # A GPU's host does not know how many rows of the worst case are real.
+        assert len(src_idx) == (want.num_recv_tokens if buffer.backend == "host" else len(want.recv_x))
+        assert_bitwise(src_idx[real], want.recv_src_idx[real], "handle[3]")
+        assert_bitwise(down(handle[4]), reference_mask(buffer, inputs), "handle[4]")
     else:
         assert_bitwise(handle[-4], np.ascontiguousarray(want.rank_prefix_matrix[:, rank]), "handle[-4]")
         assert_bitwise(handle[4], np.cumsum(rows_over_rail(inputs, rank, per_node), dtype=np.int32), "handle[4]")
+
+
+def reference_mask(buffer: Buffer, inputs: Inputs) -> np.ndarray[Any, Any]:
+    """bool ``[T, R]``: where each token of this rank goes."""
+    topk_idx, size = inputs.topk_idx[buffer.rank], buffer.group_size
+    return reference.get_dispatch_layout(topk_idx, inputs.num_experts, size, size).is_token_in_rank
 
 
 def rows_over_rail(inputs: Inputs, rank: int, ranks_per_node: int) -> np.ndarray[Any, Any]:
@@ -134,39 +154,53 @@ def rows_over_rail(inputs: Inputs, rank: int, ranks_per_node: int) -> np.ndarray
 
 def assert_combined(buffer: Buffer, inputs: Inputs, got: Any, num_biases: int = 0, with_weights: bool = False) -> None:
     want_x, want_weights = inputs.combined(buffer.topology.ranks_per_node, num_biases, with_weights)[buffer.rank]
-    assert_bitwise(got.combined_x, want_x, f"combined_x with {num_biases} biases")
+    assert_bitwise(down(got.combined_x), want_x, f"combined_x with {num_biases} biases")
     assert (got.combined_topk_weights is None) == (want_weights is None)
     if want_weights is not None:
-        assert_bitwise(got.combined_topk_weights, want_weights, "combined_topk_weights")
+        assert_bitwise(down(got.combined_topk_weights), want_weights, "combined_topk_weights")
 
 
 def check_overflow(buffer: Buffer, inputs: Inputs) -> None:
-    """Dropped rows are reported by the first `check` after the call, and by that one only."""
+    """Dropped rows are reported by the first `check` after the call, and by that one only.
+
+    The caller has looked at the results: on a GPU the call has ended by then.
+    """
     if inputs.is_overflowing(buffer.rank):
         with pytest.raises(CapacityError, match="num_worst_tokens"):
             buffer.check()
     buffer.check()
 
 
-def round_trip(buffer: Buffer, inputs: Inputs) -> None:
+def round_trip(buffer: Buffer, inputs: Inputs, frames: Frames | None = None) -> None:
     """Layout, dispatch, combine, and the same with a cached handle, old rows and new rows."""
-    layout, result = dispatch(buffer, inputs)
+    frames = frames or frames_of(buffer)
+    layout, result = dispatch(buffer, inputs, frames)
     assert_layout(buffer, inputs, layout)
     assert_dispatched(buffer, inputs, result)
     check_overflow(buffer, inputs)
     options = (inputs.case.num_biases, True)
-    assert_combined(buffer, inputs, combine(buffer, inputs, result, *options), *options)
+    assert_combined(buffer, inputs, combine(buffer, inputs, result, *options, frames=frames), *options)
     for again in (inputs, inputs.with_rows(seed=1)):
-        cached = buffer.dispatch(payload(again, buffer.rank), handle=result.handle)
+        cached = buffer.dispatch(up_all(frames, payload(again, buffer.rank)), handle=result.handle)
         assert_dispatched(buffer, again, cached, is_cached=True)
         check_overflow(buffer, inputs)
-    # From memory where combine need not copy it; as wide as the rows of the dispatch, which the outputs need not be.
-    outputs, rows = inputs.outputs[buffer.rank], buffer.get_combine_buffer(cached.handle, inputs.case.combine_dtype)
-    if rows.shape == outputs.shape:
-        rows[...] = outputs
-    else:
-        rows = outputs
-    assert_combined(buffer, inputs, combine(buffer, inputs, cached, *options, x=rows), *options)
+    rows = rows_in_place(buffer, inputs, cached, frames)
+    assert_combined(buffer, inputs, combine(buffer, inputs, cached, *options, x=rows, frames=frames), *options)
+
+
+def rows_in_place(buffer: Buffer, inputs: Inputs, result: DispatchResult, frames: Frames) -> Any:
+    """A case's outputs in memory from which combine need not copy them; anywhere if that cannot be had.
+
+    That memory is as wide as the rows of the dispatch, which the outputs need not be, and not for JAX.
+    """
+    outputs = frames.up(inputs.outputs[buffer.rank])
+    if frames.is_immutable:
+        return outputs
+    rows = buffer.get_combine_buffer(result.handle, inputs.case.combine_dtype)
+    if rows.shape != outputs.shape:
+        return outputs
+    assign(rows, outputs)
+    return rows
 
 
 def low_latency_dispatch(buffer: Buffer, inputs: LowLatencyInputs, **options: Any) -> LowLatencyDispatchResult:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from helpers.frames import Frames, down, frames_of
 from numpy.typing import NDArray
 
 from epcomm import Buffer, DispatchResult, LayoutResult, reference
@@ -82,33 +83,36 @@ def layout_arguments(layout: LayoutResult) -> dict[str, Any]:
     return dict(zip(LayoutResult._fields[:4], layout[:4], strict=True))
 
 
-def send(buffer: Buffer, mine: Inputs) -> DispatchResult:
+def send(buffer: Buffer, mine: Inputs, frames: Frames | None = None) -> DispatchResult:
     """A dispatch with indices and weights."""
-    layout = layout_arguments(buffer.get_dispatch_layout(mine.topk_idx, num_experts(buffer.group_size)))
-    return buffer.dispatch(mine.x, topk_idx=mine.topk_idx, topk_weights=mine.topk_weights, **layout)
+    up = (frames or frames_of(buffer)).up
+    topk_idx = up(mine.topk_idx)
+    layout = layout_arguments(buffer.get_dispatch_layout(topk_idx, num_experts(buffer.group_size)))
+    return buffer.dispatch(up(mine.x), topk_idx=topk_idx, topk_weights=up(mine.topk_weights), **layout)
 
 
-def assert_works(buffer: Buffer, seed: int = 0) -> None:
+def assert_works(buffer: Buffer, seed: int = 0, frames: Frames | None = None) -> None:
     """All operations give the oracle's bits, twice: once in each slot. Collective."""
     for number in range(2):
-        assert_throughput_works(buffer, seed + number)
+        assert_throughput_works(buffer, seed + number, frames)
         if buffer.low_latency_mode:
             assert_low_latency_works(buffer, seed + number)
 
 
-def assert_throughput_works(buffer: Buffer, seed: int) -> None:
+def assert_throughput_works(buffer: Buffer, seed: int, frames: Frames | None = None) -> None:
     """Dispatch, cached dispatch and combine. Collective."""
-    mine, wanted = inputs(buffer.rank, buffer.group_size, seed), _oracle_of(buffer, seed)
+    mine, frames = inputs(buffer.rank, buffer.group_size, seed), frames or frames_of(buffer)
+    wanted = _oracle_of(buffer, seed)
     dispatched, (combined_x, combined_weights) = wanted.dispatched[buffer.rank], wanted.combined[buffer.rank]
-    got = send(buffer, mine)
-    assert_bitwise(got.recv_x, dispatched.recv_x, "recv_x")
-    assert_bitwise(got.recv_topk_idx, dispatched.recv_topk_idx, "recv_topk_idx")
-    assert_bitwise(got.recv_topk_weights, dispatched.recv_topk_weights, "recv_topk_weights")
-    again = buffer.dispatch(mine.x, handle=got.handle)
-    assert_bitwise(again.recv_x, dispatched.recv_x, "recv_x of the cached dispatch")
+    got = send(buffer, mine, frames)
+    assert_bitwise(down(got.recv_x), dispatched.recv_x, "recv_x")
+    assert_bitwise(down(got.recv_topk_idx), dispatched.recv_topk_idx, "recv_topk_idx")
+    assert_bitwise(down(got.recv_topk_weights), dispatched.recv_topk_weights, "recv_topk_weights")
+    again = buffer.dispatch(frames.up(mine.x), handle=got.handle)
+    assert_bitwise(down(again.recv_x), dispatched.recv_x, "recv_x of the cached dispatch")
     combined = buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights)
-    assert_bitwise(combined.combined_x, combined_x, "combined_x")
-    assert_bitwise(combined.combined_topk_weights, combined_weights, "combined_topk_weights")
+    assert_bitwise(down(combined.combined_x), combined_x, "combined_x")
+    assert_bitwise(down(combined.combined_topk_weights), combined_weights, "combined_topk_weights")
 
 
 def assert_low_latency_works(buffer: Buffer, seed: int) -> None:

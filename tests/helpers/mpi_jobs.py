@@ -7,8 +7,9 @@ selected tests of that file with the same number of ranks run in **one** job
 
 whose ranks (`helpers.mpi_child`) write records that become the reports of those tests here, one by one. A test that
 fails, crashes or hangs on any rank ends its job; the tests after it get a new one. ``ranks(n, isolated=True)`` gives a
-test a job of its own; ``ranks((1, 2, 4), slow=(4,))`` makes one test
-for each number, and marks those of `slow` as slow.
+test a job of its own; ``ranks((1, 2, 4), slow=(4,))`` makes one test for each number, and marks those of `slow` as
+slow; ``ranks(n, env={...})`` changes the environment of its job. The ranks of tests marked ``gpu`` run under MPS
+(`helpers.gpu.MpsService`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.gpu import MpsService
 from helpers.mpi_child import JOB_VARIABLE, RankPlugin, timeout_of
 
 from epcomm.bootstrap import launcher
@@ -38,12 +40,19 @@ START_LIMIT_S, END_LIMIT_S = 120.0, 30.0
 FAILURE_GRACE_S = 2.0
 POLL_S = 0.02
 
+SERVICE = pytest.StashKey[MpsService]()
+
 
 def register(config: pytest.Config) -> None:
     """Add the plugin for this process's part: the serial parent, or one rank of a job."""
-    config.addinivalue_line("markers", "ranks(n, timeout=120, isolated=False, slow=()): run the test on n MPI ranks")
+    config.addinivalue_line(
+        "markers", "ranks(n, timeout=120, isolated=False, slow=(), env=None): run the test on n MPI ranks"
+    )
+    config.addinivalue_line("markers", "gpu: the ranks that the test starts use GPUs, which they may share")
     job = os.environ.get(JOB_VARIABLE)
     if job is None:
+        service = config.stash[SERVICE] = MpsService()
+        config.add_cleanup(service.stop)
         config.pluginmanager.register(ParentPlugin(config), "epcomm-ranks")
     else:
         rank = RankPlugin(Path(job))
@@ -180,15 +189,21 @@ def run_job(config: pytest.Config, items: Sequence[pytest.Item], folder: Path) -
     """Run `items` (of one file, with one number of ranks) in one mpirun job."""
     size = _num_ranks(items[0])
     (folder / "tests.json").write_text(json.dumps([item.nodeid for item in items]))
+    service = _service_of(items[0])
+    environment = {
+        **_environment_of(items[0]),
+        **(service.environment() if service else {}),
+        **_rank_environment(folder),
+    }
     with (folder / "console").open("wb") as console:
-        process = launcher.start_ranks(
-            size, _pytest_command(config, items[0].path), env=_rank_environment(folder), output=console
-        )
+        process = launcher.start_ranks(size, _pytest_command(config, items[0].path), env=environment, output=console)
         try:
             story = _watch(process, folder, size, {item.nodeid: timeout_of(item) for item in items})
         finally:
             launcher.stop_ranks(process)
     is_clean = story is None and process.returncode == 0
+    if service is not None and not is_clean:
+        service.stop()
     return JobEnd(
         story or f"the job of {size} ranks ended with return code {process.returncode}",
         is_clean,
@@ -258,12 +273,24 @@ def _num_ranks(item: pytest.Item) -> int:
     return int(marker.args[0])
 
 
-def _group_of(item: pytest.Item) -> tuple[Path, int, str] | None:
+def _environment_of(item: pytest.Item) -> dict[str, str]:
+    """Changes to the environment of the item's job."""
+    marker = item.get_closest_marker("ranks")
+    return dict((marker and marker.kwargs.get("env")) or {})
+
+
+def _service_of(item: pytest.Item) -> MpsService | None:
+    """MPS, if the ranks that `item` starts use GPUs."""
+    return item.config.stash[SERVICE] if item.get_closest_marker("gpu") else None
+
+
+def _group_of(item: pytest.Item) -> tuple[object, ...] | None:
     """Tests of one group may share a job."""
     marker = item.get_closest_marker("ranks")
     if marker is None:
         return None
-    return item.path, _num_ranks(item), item.nodeid if marker.kwargs.get("isolated") else ""
+    alone = item.nodeid if marker.kwargs.get("isolated") else ""
+    return item.path, _num_ranks(item), alone, _environment_of(item).items(), _service_of(item) is None
 
 
 def _failure(item: pytest.Item, text: str) -> pytest.TestReport:
@@ -315,14 +342,16 @@ def _text(path: Path) -> str:
 
 
 @pytest.fixture
-def run_ranks() -> Callable[..., tuple[int, str]]:
+def run_ranks(request: pytest.FixtureRequest) -> Callable[..., tuple[int, str]]:
     """``run_ranks(n, command, timeout_s=60, env=None) -> (return code, output)``: a whole job, which may fail."""
 
     def run(n: int, command: Sequence[str], *, timeout_s: float = 60.0, env: dict[str, str] | None = None) -> Any:
+        service = _service_of(request.node)
         import_path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        returncode, output = launcher.run_ranks(
-            n, command, timeout_s=timeout_s, env={"PYTHONPATH": import_path, **(env or {})}, capture=True
-        )
+        environment = {"PYTHONPATH": import_path, **(service.environment() if service else {}), **(env or {})}
+        returncode, output = launcher.run_ranks(n, command, timeout_s=timeout_s, env=environment, capture=True)
+        if service is not None and returncode != 0:
+            service.stop()
         if returncode == launcher.TIMED_OUT:
             pytest.fail(f"{shlex.join(command)} on {n} ranks\n{output}", pytrace=False)
         return returncode, output

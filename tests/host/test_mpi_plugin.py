@@ -98,6 +98,68 @@ def test_alone(comm):
     assert project.num_jobs() == 3
 
 
+def test_jobs_with_an_environment_of_their_own(project):
+    outcomes, output = project.run("""
+@pytest.mark.ranks(2)
+def test_plain(comm):
+    note_job(comm, "plain")
+    assert "SOME_SETTING" not in os.environ
+
+@pytest.mark.ranks(2, env={"SOME_SETTING": "1"})
+@pytest.mark.parametrize("number", [1, 2])
+def test_with_a_setting(comm, number):
+    note_job(comm, number)
+    assert os.environ["SOME_SETTING"] == "1"
+""")
+    names = ["test_plain", "test_with_a_setting[1]", "test_with_a_setting[2]"]
+    assert outcomes == dict.fromkeys(names, "passed"), output
+    assert project.num_jobs() == 2
+
+
+GPU_JOBS = """
+from helpers import mpi_jobs
+
+class Service:
+    num_starts = 0
+    def environment(self):
+        Service.num_starts += 1
+        return {"MPS_NUMBER": str(Service.num_starts)}
+    def stop(self):
+        print("stopped", Service.num_starts)
+
+def test_before(request):
+    request.config.stash[mpi_jobs.SERVICE] = Service()
+
+@pytest.mark.ranks(2)
+def test_without(comm):
+    assert "MPS_NUMBER" not in os.environ
+
+@pytest.mark.gpu
+@pytest.mark.ranks(2)
+def test_with(comm):
+    assert os.environ["MPS_NUMBER"] == "1"
+
+@pytest.mark.gpu
+@pytest.mark.ranks(1)
+def test_fails(comm):
+    assert os.environ["MPS_NUMBER"] == "never"
+
+@pytest.mark.gpu
+def test_whole_job(run_ranks, capsys):
+    with capsys.disabled():
+        assert run_ranks(1, [sys.executable, "-c", "import os; print(os.environ['MPS_NUMBER'])"]) == (0, "3\\n")
+"""
+
+
+def test_ranks_that_use_gpus_get_mps(project):
+    """And a new one after a job that ended badly."""
+    outcomes, output = project.run(GPU_JOBS, "-s", str(project.folder / "tests"))
+    wanted = {"test_before": "passed", "test_without": "passed", "test_with": "passed", "test_fails": "failed"}
+    assert outcomes == {**wanted, "test_whole_job": "passed"}, output
+    assert output.count("stopped") == 1, output
+    assert "stopped 2" in output
+
+
 def test_a_failure_a_crash_and_a_hang_take_no_other_test_with_them(project):
     outcomes, output = project.run("""
 pytestmark = pytest.mark.ranks(2)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView
+from epcomm.arrays import ArrayView, StreamRef
 from epcomm.backends.agreement import DISPATCH, check_agreed
 from epcomm.backends.cuda.combine import combine, reject_combine
 from epcomm.backends.cuda.dispatch import (
@@ -176,8 +176,9 @@ class CudaBackend:
     def failed(self) -> bool:
         return self._job.page.failed
 
-    def comm_stream(self) -> int:
-        return self._job.streams.own
+    def comm_stream(self) -> StreamRef:
+        streams = self._job.streams
+        return StreamRef(streams.own, streams.keeper)
 
     def interrupted(self) -> bool:
         return False

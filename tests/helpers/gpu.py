@@ -1,0 +1,86 @@
+"""What tests on a GPU need of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from epcomm.bootstrap import mps
+
+__all__ = ["MpsService", "busy", "has_gpu", "need_gpu"]
+
+
+def need_gpu() -> Any:
+    """The CuPy module. Skips the importing test module where there is no GPU, before any job of it is started."""
+    cupy = pytest.importorskip("cupy", reason="optional package cupy is not installed (extra cuda12 or cuda13)")
+    pytest.importorskip(
+        "cuda.bindings.driver", reason="optional package cuda-bindings is not installed (extra cuda12 or cuda13)"
+    )
+    if not cupy.cuda.is_available():
+        pytest.skip("no GPU", allow_module_level=True)
+    return cupy
+
+
+def has_gpu(framework: str) -> bool:
+    """Whether `framework` is there and can use a GPU; imports it, and skips the test where it is not."""
+    if framework == "torch":
+        return bool(pytest.importorskip("torch").cuda.is_available())
+    if framework == "jax":
+        jax = pytest.importorskip("jax")
+        return any(device.platform == "gpu" for device in jax.devices())
+    return True
+
+
+_BUSY = r"""
+__device__ unsigned long long now_ns() {
+    unsigned long long ns;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return ns;
+}
+extern "C" __global__ void busy(unsigned long long ns) {
+    const unsigned long long start = now_ns();
+    while (now_ns() - start < ns) {}
+}
+"""
+
+
+@functools.cache
+def _busy_kernel() -> Any:
+    import cupy
+
+    return cupy.RawKernel(_BUSY, "busy")
+
+
+def busy(milliseconds: float, stream: Any = None) -> None:
+    """Keep a CuPy stream, the current one by default, busy for so long. Does not block the host."""
+    import cupy
+
+    with stream or cupy.cuda.get_current_stream():
+        _busy_kernel()((1,), (1,), (np.uint64(milliseconds * 1e6),))
+
+
+class MpsService:
+    """The MPS daemon of the jobs whose ranks share a GPU: one for all of them, started when the first one needs it.
+
+    A process that dies in a kernel may take the server along, and with it every other client: after a job that did not
+    end well the next one gets a new daemon. A daemon that was there before is used and left alone.
+    """
+
+    def __init__(self) -> None:
+        self._service = contextlib.ExitStack()
+        self._changes: dict[str, str] | None = None
+
+    def environment(self) -> dict[str, str]:
+        """Changes to the environment of a job; none where MPS is not installed, and ranks take turns."""
+        if self._changes is None:
+            self._changes = self._service.enter_context(mps.running()) if mps.is_installed() else {}
+        return self._changes
+
+    def stop(self) -> None:
+        """End the daemon, if it is ours."""
+        self._service.close()
+        self._changes = None
