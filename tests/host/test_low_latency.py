@@ -66,6 +66,7 @@ def test_case_by_messages(comm, case, hosts, monkeypatch):
             buffer.low_latency_update_mask_buffer((comm.rank + 1) % comm.size, True)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(SIZES)
 def test_hundred_calls_of_changing_shape(buffer, num_ranks):
     """Tokens, maximum, hidden, experts, format and mode change from call to call; nothing is cleaned in between."""

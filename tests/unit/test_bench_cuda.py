@@ -235,6 +235,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(run, "construction_s", lambda: (2.5, 0.125))
 
 
+@pytest.mark.slow
 def test_the_whole_run(fake_gpu, capsys, tmp_path):
     file = tmp_path / "lines.json"
     case = make_case(sms=(8, 16), json=str(file))
