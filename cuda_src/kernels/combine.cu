@@ -9,6 +9,7 @@
 // Regions: reads blocks and windows of all ranks, writes the own window. Words: combine_entry, window_ready, window_ack,
 // combine_done; see common/layout.cuh for writers, sync/ for the pairs of release and acquire.
 #include "common/numerics.cuh"
+#include "sync/pull.cuh"
 #include "sync/rows.cuh"
 #include "sync/window.cuh"
 
@@ -149,55 +150,6 @@ __device__ inline void sum_weights(const CombineArgs& args, const Shared& shared
 
 #if __CUDA_ARCH__ >= 900
 
-// Shared memory of one warp: kStages times a piece from each rank.
-class PullPipe {
-  public:
-    __device__ PullPipe(uint8_t* shared, uint64_t* barriers, uint32_t* counts, uint32_t piece_bytes, int num_ranks)
-        : shared_(shared), barriers_(barriers), counts_(counts), piece_bytes_(piece_bytes),
-          stage_bytes_(piece_bytes * num_ranks), num_loaded_(0), num_taken_(0) {
-        if (lane_index() < kStages) ptx::mbarrier_init(&barriers_[lane_index()], 1);
-        ptx::fence_mbarrier_init();
-        __syncwarp();
-    }
-
-    // Start loading a piece from each address that is not 0; pieces lie in the order of the lanes.
-    __device__ void load(uint64_t address, uint32_t num_bytes) {
-        const uint32_t stage = num_loaded_++ % kStages;
-        const uint32_t wanted = __ballot_sync(~0u, address != 0);
-        if (lane_index() == 0) {
-            counts_[stage] = __popc(wanted);
-            ptx::mbarrier_arrive_expect_tx(&barriers_[stage], __popc(wanted) * num_bytes);
-        }
-        __syncwarp();
-        const int place = __popc(wanted & ((1u << lane_index()) - 1));
-        if (address != 0)
-            ptx::bulk_load(shared_ + stage * stage_bytes_ + place * piece_bytes_, pointer<void>(address), num_bytes,
-                           &barriers_[stage]);
-    }
-
-    // Wait for the oldest pieces; their number.
-    __device__ int wait(const uint8_t*& first) {
-        const uint32_t stage = num_taken_ % kStages, parity = num_taken_ / kStages & 1;
-        ++num_taken_;
-        ptx::mbarrier_wait(&barriers_[stage], parity);
-        first = shared_ + stage * stage_bytes_;
-        return counts_[stage];
-    }
-
-    // After the last read of a stage by all lanes, before it is loaded again.
-    __device__ void release() {
-        ptx::fence_proxy_async_shared();
-        __syncwarp();
-    }
-
-  private:
-    uint8_t* shared_;
-    uint64_t* barriers_;
-    uint32_t* counts_;
-    uint32_t piece_bytes_, stage_bytes_;
-    uint32_t num_loaded_, num_taken_;
-};
-
 // All lanes: sum `count` pieces in shared memory to `out_offset`.
 __device__ inline void sum_pieces(const CombineArgs& args, const uint8_t* first, int count, uint64_t out_offset,
                                   uint32_t num_bytes) {
@@ -211,7 +163,7 @@ __device__ inline void sum_pieces(const CombineArgs& args, const uint8_t* first,
 }
 
 // The warps of `role` sum the tokens [first, end).
-__device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared, PullPipe& pipe, const Role& role,
+__device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe, const Role& role,
                                    int first, int end) {
     constexpr int kAhead = kStages > 1 ? kStages - 1 : 1;
     const int step = gridDim.x * role.num_warps;
@@ -242,12 +194,7 @@ __device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared
 
 #else
 
-class PullPipe {
-  public:
-    __device__ PullPipe(uint8_t*, uint64_t*, uint32_t*, uint32_t, int) {}
-};
-
-__device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared, PullPipe&, const Role& role,
+__device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared, PullPipe<kStages>&, const Role& role,
                                    int first, int end) {
     constexpr int kUnroll = 4;
     const int step = gridDim.x * role.num_warps;
@@ -285,7 +232,7 @@ __device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared
 #endif
 
 // The pulling warps: all tokens, in rounds if a rank has a window.
-__device__ inline bool pull_role(const CombineArgs& args, const Call& call, Shared& shared, PullPipe& pipe,
+__device__ inline bool pull_role(const CombineArgs& args, const Call& call, Shared& shared, PullPipe<kStages>& pipe,
                                  const Role& role) {
     const Comm& comm = args.comm;
     if (shared.windowed == 0) {
@@ -312,18 +259,6 @@ __device__ inline bool pull_role(const CombineArgs& args, const Call& call, Shar
                      [&](int r) { return &comm.of(r).window_ack[1][comm.rank]; });
     }
     return true;
-}
-
-// One warp: the first of the rows [first, end), which are sorted by token, whose token is not below `token`.
-__device__ inline int lower_bound(const int32_t* tokens, int first, int end, int token) {
-    while (first < end) {
-        const int step = (end - first + kWarp - 1) / kWarp;
-        const int probe = first + lane_index() * step;
-        const int below = __popc(__ballot_sync(~0u, probe < end && tokens[min(probe, end - 1)] < token));
-        end = min(end, first + below * step);
-        if (below > 0) first += (below - 1) * step + 1;
-    }
-    return first;
 }
 
 // The feeding warps of a rank with rows outside of the arena: from its rows to its window, round by round.
@@ -425,7 +360,7 @@ __device__ inline bool run(const CombineArgs& args, const Call& call, Shared& sh
     uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp_index()) * kStages * stage_bytes;
     if (pullers.has_this_warp()) {
-        PullPipe pipe(stages, barriers, counts, args.piece_bytes, comm.num_ranks);
+        PullPipe<kStages> pipe(stages, barriers, counts, args.piece_bytes, comm.num_ranks);
         good = pull_role(args, call, shared, pipe, pullers);
     } else {
         RowPipe<kStages> pipe(stages, barriers, stage_bytes);

@@ -1,9 +1,8 @@
-"""Life of a Buffer: construction, the guard around every call, inspection, destruction."""
+"""Life of a Buffer: the guard around every call, inspection, destruction."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import sys
 import threading
@@ -16,12 +15,11 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm import env
 from epcomm.arrays import empty, export_any, export_array, framework_or_none, import_array
-from epcomm.backends import Backend, Rejectable, Turn
-from epcomm.backends.host import HostBackend
-from epcomm.bootstrap import Communicator, Topology, as_communicator, discover, install_abort_hook
+from epcomm.backends import Rejectable, Turn
+from epcomm.bootstrap import Topology, as_communicator, discover, install_abort_hook
 from epcomm.buffer.arguments import numpy_dtype
+from epcomm.buffer.construction import agree_on_settings, make_backend
 from epcomm.config import Config, combine_config, dispatch_config, low_latency_size_hint
 from epcomm.errors import (
     BootstrapError,
@@ -31,16 +29,12 @@ from epcomm.errors import (
     ConcurrentUse,
     EpcommError,
     ForkedProcess,
-    InputError,
-    PeerError,
     PeerTimeout,
-    RankMismatch,
     ShapeError,
-    UnsupportedOption,
 )
 from epcomm.event import EventOverlap
 
-__all__ = ["BufferCore", "choose_backend"]
+__all__ = ["BufferCore"]
 
 _Request = TypeVar("_Request")
 _ids = itertools.count()
@@ -53,69 +47,6 @@ _COUNTERS = (
     "rows_sent",
     "rows_received",
 )
-
-
-def _agree(comm: Communicator, settings: dict[str, Any], problem: EpcommError | None) -> None:
-    """Raise on all ranks if one of them has a problem, or if their settings differ. Collective."""
-    answers = comm.allgather((str(problem) if problem else "", settings))
-    if problem is not None:
-        raise problem
-    problems = {rank: text for rank, (text, _) in enumerate(answers) if text}
-    if problems:
-        raise PeerError("Buffer", problems)
-    table = {name: [theirs[name] for _, theirs in answers] for name in settings}
-    differing = {name: values for name, values in table.items() if any(value != values[0] for value in values)}
-    if differing:
-        raise RankMismatch("Buffer: ranks disagree", differing)
-
-
-def _check_settings(num_nvl_bytes: int, num_rdma_bytes: int, backend: str, ranks_per_node: int | None) -> None:
-    for name in env.VARIABLES:
-        env.get(name)  # here, where all ranks hear of it, instead of in the middle of what follows
-    for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
-        if not isinstance(value, int | np.integer) or value < 0:
-            raise ShapeError(name, got=repr(value), wanted="a number of bytes, 0 or more")
-    if ranks_per_node is not None and not isinstance(ranks_per_node, int | np.integer):
-        raise ShapeError("ranks_per_node", got=repr(ranks_per_node), wanted="a number of ranks, or None")
-    if backend not in ("auto", "host", "cuda"):
-        raise InputError("backend", got=repr(backend), wanted="'auto', 'host' or 'cuda'")
-
-
-def _timeout(timeout_s: Any) -> float:
-    name, value = ("EPCOMM_TIMEOUT_S", env.get("EPCOMM_TIMEOUT_S")) if timeout_s is None else ("timeout_s", timeout_s)
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InputError(name, got=repr(value), wanted="a number of seconds, more than 0", do="every wait has an end")
-    return seconds
-
-
-def choose_backend(comm: Communicator, topology: Topology, wanted: str, low_latency_mode: bool) -> str:
-    """ "host" or "cuda", the same on all ranks. Collective.
-
-    Raises:
-        UnsupportedOption: "cuda" is wanted, and some rank cannot.
-    """
-    if wanted == "auto":
-        wanted = env.get("EPCOMM_BACKEND")
-    if wanted == "host":
-        return "host"
-    from epcomm.backends import cuda
-
-    problem = cuda.why_not()
-    if not problem and low_latency_mode:
-        problem = "low_latency_mode, which this release has on the host backend only"
-    if not problem and (topology.num_nodes > 1 or len(topology.same_host_ranks) != comm.size):
-        problem = f"ranks on {topology.num_nodes} nodes, where this release connects the GPUs of one"
-    problems = {rank: text for rank, text in enumerate(comm.allgather(problem)) if text}
-    if problems and wanted == "cuda":
-        listed = "; ".join(f"rank {rank}: {text}" for rank, text in problems.items())
-        raise UnsupportedOption(
-            "backend='cuda'", got=listed, do="pass backend='host'; `epcomm doctor` shows what works"
-        )
-    return "host" if problems else "cuda"
 
 
 class BufferCore:
@@ -143,39 +74,18 @@ class BufferCore:
     ) -> None:
         self._destroyed = True  # until construction is complete
         self._comm = as_communicator(comm)
-        problem: EpcommError | None = None
-        try:
-            _check_settings(num_nvl_bytes, num_rdma_bytes, backend, ranks_per_node)
-            timeout_s = _timeout(timeout_s)
-            self._check_routing = env.get("EPCOMM_CHECK")
-            if env.get("EPCOMM_BACKEND") not in ("auto", "host", "cuda"):
-                raise InputError(
-                    "EPCOMM_BACKEND",
-                    got=repr(env.get("EPCOMM_BACKEND")),
-                    wanted="auto, host or cuda",
-                    do="correct the environment variable",
-                )
-        except EpcommError as error:
-            problem = error
         settings = {
             "low_latency_mode": bool(low_latency_mode),
             "enable_shrink": bool(enable_shrink),
             "backend": backend,
-            "EPCOMM_BACKEND": env.lookup("EPCOMM_BACKEND"),
-            "EPCOMM_HOST_TRANSPORT": env.get("EPCOMM_HOST_TRANSPORT"),
             "num_nvl_bytes": num_nvl_bytes,
         }
-        _agree(self._comm, settings, problem)
-        assert timeout_s is not None
+        seconds, self._check_routing = agree_on_settings(
+            self._comm, settings, num_rdma_bytes=num_rdma_bytes, ranks_per_node=ranks_per_node, timeout_s=timeout_s
+        )
         self._topology = discover(self._comm, ranks_per_node)
         self.num_nvl_bytes, self.num_rdma_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
-        self._backend: Backend
-        if choose_backend(self._comm, self._topology, backend, bool(low_latency_mode)) == "cuda":
-            from epcomm.backends.cuda import CudaBackend
-
-            self._backend = CudaBackend(self._comm, self._topology, self.num_nvl_bytes, timeout_s, device)
-        else:
-            self._backend = HostBackend(self._comm, self._topology, timeout_s, enable_shrink)
+        self._backend = make_backend(self._comm, self._topology, settings, seconds, device)
         install_abort_hook(self._comm)
         self.id = next(_ids)
         self.low_latency_mode = bool(low_latency_mode)

@@ -97,7 +97,7 @@ def backend_here(wanted: str, *, low_latency: bool = False) -> str:
     Raises:
         UnsupportedOption: `wanted` is not there; once, and not from every rank.
     """
-    from epcomm.buffer.core import choose_backend
+    from epcomm.buffer.construction import choose_backend
 
     comm = SoloCommunicator()
     return choose_backend(comm, discover(comm, 1), wanted, low_latency)
