@@ -268,5 +268,9 @@ class Backend(Protocol):
     def close(self) -> None:
         """*Local.* Release what can be released now. Never waits."""
 
-    def drop(self) -> None:
-        """*Local.* The Buffer was not closed and is gone: no wait, no lock, no call of a driver."""
+    def drop(self, is_expected: bool) -> None:
+        """*Local.* The Buffer is gone without `close`: no wait, no lock, no call of a driver.
+
+        Args:
+            is_expected: the owner left it to garbage collection; else peers are not told.
+        """

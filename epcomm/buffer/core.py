@@ -74,6 +74,7 @@ class BufferCore:
     ) -> None:
         self._destroyed = True  # until construction is complete
         self._comm = as_communicator(comm)
+        install_abort_hook(self._comm)  # before anything that can fail on this rank alone
         settings = {
             "low_latency_mode": bool(low_latency_mode),
             "enable_shrink": bool(enable_shrink),
@@ -86,7 +87,6 @@ class BufferCore:
         self._topology = discover(self._comm, ranks_per_node)
         self.num_nvl_bytes, self.num_rdma_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
         self._backend = make_backend(self._comm, self._topology, settings, seconds, device)
-        install_abort_hook(self._comm)
         self.id = next(_ids)
         self.low_latency_mode = bool(low_latency_mode)
         self._explicitly_destroy = bool(explicitly_destroy)
@@ -254,7 +254,7 @@ class BufferCore:
             PeerTimeout: a rank did not come; with CUDA the next call or `check` raises it.
         """
         with self._entered("barrier"):
-            turn = self._turn(None, stream)
+            turn = self._turn(None, None, stream)
             self._backend.barrier(turn)
             turn.finish(None)
 
@@ -388,6 +388,6 @@ class BufferCore:
 
     def __del__(self) -> None:
         # Nothing may wait, lock or call a driver here: this runs in any thread, at any time.
-        if not getattr(self, "_destroyed", True) and not self._explicitly_destroy and os.getpid() == self._pid:
+        if not getattr(self, "_destroyed", True) and os.getpid() == self._pid:
             self._destroyed = True
-            self._backend.drop()
+            self._backend.drop(is_expected=not self._explicitly_destroy)

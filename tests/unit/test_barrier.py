@@ -41,3 +41,16 @@ def test_a_rank_that_does_not_come_is_named():
     message = run_local(2, program)[0]
     assert message.startswith("barrier, phase ")
     assert "from rank 1" in message
+
+
+def test_the_stream_reaches_the_backend(monkeypatch):
+    with Buffer(backend="host") as buffer:
+        begin, streams = buffer._backend.turn, []
+
+        def turn(framework, stream, *rest):
+            streams.append((framework, stream))
+            return begin(framework, stream, *rest)
+
+        monkeypatch.setattr(buffer._backend, "turn", turn)
+        buffer.barrier(stream=7)
+    assert streams == [(None, 7)]

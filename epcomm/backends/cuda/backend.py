@@ -144,9 +144,7 @@ class CudaBackend:
         if ranks:
             return PeerError("an earlier call, of which no row was moved", dict.fromkeys(ranks, ELSEWHERE))
         if page.take_voided():
-            error = self._why_void()
-            if error is not None:
-                return error
+            return self._why_void()
         if page.dropped != self._num_dropped:
             dropped, self._num_dropped = page.dropped - self._num_dropped, page.dropped
             return CapacityError(
@@ -157,8 +155,8 @@ class CudaBackend:
             )
         return None
 
-    def _why_void(self) -> EpcommError | None:
-        """Why the last exchange went wrong, of which no host waited for the counts."""
+    def _why_void(self) -> EpcommError:
+        """Why an exchange went wrong, of which no host waited for the counts."""
         page, what = self._job.page, "an earlier dispatch"
         status = page.status().tolist()
         if status[self._job.rank] == STATUS_COUNTS:
@@ -170,7 +168,11 @@ class CudaBackend:
             check_agreed(what, DISPATCH, page.agreed().tolist())
         except EpcommError as error:
             return error
-        return None
+        return EpcommError(
+            what,
+            got="one of which no row was moved; later ones have overwritten why",
+            do="call check() after each dispatch to hear of the rank and its reason",
+        )
 
     @property
     def failed(self) -> bool:
@@ -181,7 +183,7 @@ class CudaBackend:
         return StreamRef(streams.own, streams.keeper)
 
     def interrupted(self) -> bool:
-        return False
+        return not self._job.is_in_step
 
     def abandon(self) -> None:
         self._job.page.abort()
@@ -189,7 +191,7 @@ class CudaBackend:
     def close(self) -> None:
         self._job.close()
 
-    def drop(self) -> None:
+    def drop(self, is_expected: bool) -> None:
         self._job.drop()
 
     @property

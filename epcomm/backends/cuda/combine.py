@@ -20,6 +20,7 @@ _FLOAT32 = np.dtype(np.float32)
 def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
     """Bring the rows of a dispatch back to their tokens and sum them. Does not wait for anybody on the host."""
     x, weights, handle = request.x, request.topk_weights, request.handle
+    turn.pin(handle.send_pos, handle.rank_prefix_matrix, handle.recv_src_idx)
     hidden = x.shape[1]
     row_bytes = hidden * x.dtype.itemsize
     num_topk = 0 if weights is None else weights.shape[1]

@@ -176,6 +176,7 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
         )
     send_pos = turn.new((sizes.num_tokens, job.size), _INT32)
     prefix = turn.new((job.size, job.size), _INT32)
+    job.is_in_step = False
     tag = _exchange(job, turn, request, send_pos, prefix)
     num_received, page = worst, job.page
     experts: list[int] = []
@@ -183,10 +184,12 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
         # From here to the launch the GPU is idle.
         page.await_tag(tag, job.check_job)
         if page.is_void:
+            job.is_in_step = True
             _raise_answers(job)
         num_received = page.num_received
     places = _Places(job, turn, sizes, num_received, True)
     _move(job, turn, request, sizes, places, send_pos, prefix, False)
+    job.is_in_step = True
     if not worst:
         unit = request.expert_alignment
         experts = [-(-count // unit) * unit for count in page.experts(num_local)]
@@ -211,6 +214,7 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
 def _cached(job: Job, turn: CudaTurn, request: DispatchRequest, sizes: _Sizes) -> DispatchOutcome:
     handle = request.handle
     assert handle is not None
+    turn.pin(handle.send_pos, handle.rank_prefix_matrix)
     places = _Places(job, turn, sizes, handle.num_rows, False)
     _move(job, turn, request, sizes, places, handle.send_pos, handle.rank_prefix_matrix, True)
     return DispatchOutcome(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 import weakref
@@ -106,9 +107,10 @@ class Job:
         self.in_process = isinstance(comm, LocalCommunicator) and comm.size > 1
         self.device = device = _agree_on_device(comm, cupy, topology, device)
         cupy.cuda.Device(device).use()
-        while _dropped:
-            _dropped.pop().close()
-        sweep()
+        with contextlib.suppress(IndexError):  # other ranks of this process empty the list, too
+            while True:
+                _dropped.pop().close()
+        sweep(synchronize=not self.in_process)
         architecture = device_architecture(device)
         self.has_bulk = int(architecture) >= 90
         cubins = share_cubins(comm, topology.hosts, PROGRAMS, architecture)
@@ -133,6 +135,7 @@ class Job:
             dict.fromkeys(("dispatch_in_arena", "dispatch_by_window", "combine_in_arena", "combine_by_window"), 0)
         )
         self._has_warned = False
+        self.is_in_step = True  # False between an exchange and the move behind it, where peers count on this rank
         self._num_exchanges = self._num_dispatches = 0
         self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self._arena_views: weakref.WeakSet[object] = weakref.WeakSet()
@@ -142,7 +145,7 @@ class Job:
     def _share_memory(self, num_arena_bytes: int, timeout_s: float) -> None:
         self.arena_offset = WORKSPACE_BYTES + WINDOW_BYTES
         wanted = self.arena_offset + round_up(num_arena_bytes, UNIT)
-        self._memory = SymmetricMemory(self.comm, wanted, self.device)
+        self._memory = SymmetricMemory(self.comm, wanted, self.device, timeout_s=timeout_s)
         self.base = self._memory.bases[self.rank]
         self.region_bytes = min(self._memory.sizes)
         self.arena_bytes = wanted - self.arena_offset
@@ -156,8 +159,9 @@ class Job:
             self._memory.bases, self.page.address, self.region_bytes, int(timeout_s * 1e9), self.rank, self.size
         )
         self._scratch = self.outputs.allocate(_SCRATCH_BYTES, self.streams.own)
-        self.cupy.cuda.runtime.memset(self._scratch.ptr, 0, _SCRATCH_BYTES)
-        self.cupy.cuda.runtime.deviceSynchronize()
+        # Not in the default stream: kernels of other ranks of this process may be waiting for this one.
+        self.cupy.cuda.runtime.memsetAsync(self._scratch.ptr, 0, _SCRATCH_BYTES, self.streams.own)
+        self.cupy.cuda.runtime.streamSynchronize(self.streams.own)
         self.layout_arguments = Arguments(b"", dispatch_layout.FIELDS)
         self.exchange_arguments = Arguments(fixed, exchange.FIELDS)
         self.dispatch_arguments = Arguments(fixed, dispatch.FIELDS)

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from epcomm.arrays.streams import LEGACY, as_stream, current_stream, order
+from epcomm.arrays.streams import LEGACY, PER_THREAD, as_stream, current_stream, order
 from epcomm.errors import InputError
 from epcomm.event import EventOverlap
+from epcomm.memory import driver
 
 __all__ = ["StreamEvent", "Streams", "capture_event"]
 
@@ -61,7 +62,9 @@ class StreamEvent:
     @property
     def done(self) -> bool:
         """Whether it has happened. Does not block."""
-        return bool(self._event.done)
+        # The driver's call: the runtime's leaves "not ready" behind as an error that other libraries then report.
+        (status,) = driver.load().cuEventQuery(self._event.ptr)
+        return bool(status.name == "CUDA_SUCCESS")
 
 
 def _current(framework: str, device: int) -> tuple[int | None, object]:
@@ -104,6 +107,8 @@ class Streams:
         self._cupy, self._device, self._in_process = cupy, device, in_process
         self._last: int = self.own
         self._last_keep: object = self.keeper
+        self._last_captured: int | None = None
+        self._captured_keep: object = None
         self._in_flight: deque[tuple[StreamEvent, object]] = deque()
 
     def callers(self, framework: str | None, stream: Any) -> tuple[int | None, object]:
@@ -134,14 +139,19 @@ class Streams:
 
     def enter(self, run: int, keep: object) -> None:
         """The next operation runs in `run`: after the last one, wherever that ran."""
-        last = self._last
-        if last != run and not (self.is_capturing(run) and not self.is_capturing(last)):
-            order(last, run, self._device)
+        if self.is_capturing(run):
+            # A graph knows only of its own work: eager calls before it, and replays, are the caller's to order.
+            if self._last_captured not in (None, run) and self.is_capturing(self._last_captured or 0):
+                order(self._last_captured or 0, run, self._device)
+            self._last_captured, self._captured_keep = run, keep
+            return
+        if self._last != run:
+            order(self._last, run, self._device)
         self._last, self._last_keep = run, keep
 
     def runs_in_own(self, callers: int | None, async_finish: bool) -> bool:
         """Whether an operation runs in the Buffer's own stream."""
-        return async_finish or callers is None or self._in_process
+        return async_finish or callers in (None, PER_THREAD) or self._in_process
 
     def keep_until(self, event: StreamEvent, kept: object) -> None:
         """Hold `kept`, the inputs, until `event`: their framework does not know that we read them.
@@ -156,5 +166,8 @@ class Streams:
         in_flight.append((event, kept))
 
     def synchronize(self) -> None:
-        """Block the host until the last operation is done."""
+        """Block the host until the last operation is done, and the inputs of all are free."""
+        if self._last_captured is not None:
+            self._runtime.deviceSynchronize()  # graphs are replayed in streams that nobody tells of
         self._runtime.streamSynchronize(self._last or LEGACY)
+        self._in_flight.clear()

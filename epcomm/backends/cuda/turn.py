@@ -83,6 +83,13 @@ class CudaTurn:
     def checked_values(self, view: ArrayView) -> NDArray[Any]:
         return to_host(view, self.stream)
 
+    def pin(self, *views: ArrayView) -> None:
+        """A captured call has the addresses of these arrays of a handle: their memory is not used again."""
+        if self.is_captured:
+            for view in views:
+                if isinstance(view.owner, Block):
+                    view.owner.pin()
+
     # -- results --------------------------------------------------------------------------------------------------
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
@@ -118,10 +125,10 @@ class CudaTurn:
             if not self.is_captured:  # who replays a graph keeps its inputs
                 self._job.streams.keep_until(event, inputs)
             return EventOverlap(event)
-        if self._callers is None:
+        if self._callers is None or self._framework in _HIDES_STREAM:
             event = StreamEvent(self.stream, self._framework, self._job.device)
             self._job.streams.keep_until(event, inputs)
-        elif self._callers != self.stream:
+        if self._callers is not None and self._callers != self.stream:
             order(self.stream, self._callers, self._job.device)
         return EventOverlap()
 

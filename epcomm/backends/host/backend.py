@@ -233,5 +233,6 @@ class HostBackend:
     def close(self) -> None:
         self._exchange.close()
 
-    def drop(self) -> None:
-        self._exchange.close()  # a store to memory of this rank
+    def drop(self, is_expected: bool) -> None:
+        if is_expected:
+            self._exchange.close()  # a store to memory of this rank
