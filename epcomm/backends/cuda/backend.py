@@ -21,7 +21,6 @@ from epcomm.backends.cuda.dispatch import (
     reject_exchange,
 )
 from epcomm.backends.cuda.job import Job
-from epcomm.backends.cuda.streams import Streams
 from epcomm.backends.cuda.turn import CudaTurn, output
 from epcomm.backends.protocol import (
     CombineOutcome,
@@ -193,10 +192,6 @@ class CudaBackend:
 
     def drop(self, is_expected: bool) -> None:
         self._job.drop()
-
-    @property
-    def streams(self) -> Streams:
-        return self._job.streams
 
 
 class _Arena:

@@ -124,12 +124,13 @@ class Job:
         for kernel in (self._dispatch, *self._combine.values()):
             if self.has_bulk:
                 kernel.allow_shared(SHARED_BYTES)
-        self.num_sms = num_sms(device)
-        uuids: list[str] = comm.allgather(device_uuid(device))
-        self.uuid, self.ranks_on_gpu = uuids[comm.rank], uuids.count(uuids[comm.rank])
+        self.uuid = device_uuid(device)
+        sharers = [sms for uuid, sms in comm.allgather((self.uuid, num_sms(device))) if uuid == self.uuid]
+        # Partitions of MPS may overlap: all ranks of a GPU share the SMs of the smallest one.
+        self.num_sms, self.ranks_on_gpu = min(sharers), len(sharers)
         self.default_num_sms = default_num_sms(self.num_sms, self.ranks_on_gpu)
         self.streams = Streams(cupy, device, self.in_process)
-        self.page = HostPage(cupy, comm.rank, comm.size, timeout_s)
+        self.page = HostPage(cupy, comm.rank, comm.size, timeout_s, self.in_process)
         self._share_memory(num_arena_bytes, timeout_s)
         self.counters: Counter[str] = Counter(
             dict.fromkeys(("dispatch_in_arena", "dispatch_by_window", "combine_in_arena", "combine_by_window"), 0)

@@ -17,6 +17,7 @@ __all__ = ["HostPage"]
 
 _TIMEOUT, _POISONED, _ABORTED, _CONCURRENT, _BAD_OFFSET = 1, 2, 3, 4, 5
 _SPIN_S = 200e-6  # the exchange of ranks that are there takes less
+_SPIN_AS_THREAD_S = 20e-6  # the other ranks of the process need the interpreter lock to launch
 # What a rank adds to the GPU's bound before it stops waiting for its own GPU, which may be busy with other work.
 _GRACE_S = 30.0
 
@@ -38,27 +39,23 @@ class HostPage:
         rank: this rank.
         num_ranks: ranks of the job.
         timeout_s: bound of the waits on the GPU.
+        in_process: the ranks are threads of one process.
     """
 
-    def __init__(self, cupy: Any, rank: int, num_ranks: int, timeout_s: float) -> None:
+    def __init__(self, cupy: Any, rank: int, num_ranks: int, timeout_s: float, in_process: bool) -> None:
         self._memory = cupy.cuda.alloc_pinned_memory(HOST_PAGE.itemsize)
         self.address = int(self._memory.ptr)
         self._record = np.frombuffer(self._memory, HOST_PAGE, 1)[0:1].reshape(())
         raw = np.frombuffer(self._memory, np.uint8, HOST_PAGE.itemsize)
         raw[:] = 0
         self._words = memoryview(raw.data).cast("I")
+        self._spin_s = _SPIN_AS_THREAD_S if in_process else _SPIN_S
         self._rank, self._num_ranks, self._timeout_s = rank, num_ranks, timeout_s
 
     @property
     def failed(self) -> bool:
         """Whether a kernel has left an error record."""
         return self._words[_KIND] != 0
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is anything that `EpcommError`s should tell."""
-        words = self._words
-        return bool(words[_KIND] or words[_REJECTED_BY] or words[_VOIDED])
 
     def abort(self) -> None:
         """Make the waits of this rank's kernels end."""
@@ -74,7 +71,7 @@ class HostPage:
         start = time.perf_counter()
         while words[_TAG] != tag:
             elapsed = time.perf_counter() - start
-            if elapsed < _SPIN_S:
+            if elapsed < self._spin_s:
                 continue
             check_job()
             if self.failed:
