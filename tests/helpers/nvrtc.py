@@ -6,11 +6,15 @@ import importlib.util
 
 import pytest
 
-from epcomm.jit.compiler import compile_text
+from epcomm.jit.compiler import compile_text, nvrtc_version
 
-needs_nvrtc = pytest.mark.skipif(
-    importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None,
-    reason="optional package cuda-bindings is not installed (extra cuda12 or cuda13)",
+_HAS_BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+_NO_BINDINGS = "optional package cuda-bindings is not installed (extra cuda12 or cuda13)"
+
+needs_nvrtc = pytest.mark.skipif(not _HAS_BINDINGS, reason=_NO_BINDINGS)
+needs_offsetof = pytest.mark.skipif(
+    not _HAS_BINDINGS or nvrtc_version() < (13, 0),
+    reason="NVRTC before CUDA 13 has no offsetof" if _HAS_BINDINGS else _NO_BINDINGS,
 )
 
 

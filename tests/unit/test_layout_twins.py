@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from helpers.nvrtc import compile_cubin, needs_nvrtc
+from helpers.nvrtc import compile_cubin, needs_offsetof
 
 from epcomm.backends.cuda import page
 from epcomm.errors import CompileError
@@ -153,7 +153,7 @@ def test_the_tables_are_complete():
         assert len(set(names)) == len(names), name
 
 
-@needs_nvrtc
+@needs_offsetof
 @pytest.mark.parametrize("name", STRUCTS)
 def test_arguments(name):
     source, start, fields, names = STRUCTS[name]
@@ -166,7 +166,7 @@ def test_arguments(name):
     assert_compiles(source, assertions)
 
 
-@needs_nvrtc
+@needs_offsetof
 def test_host_page():
     assertions = same(f"sizeof(HostPage) == {layout.HOST_PAGE.itemsize}")
     for name, (dtype, offset) in layout.HOST_PAGE.fields.items():
@@ -175,14 +175,14 @@ def test_host_page():
     assert_compiles("common/layout.cuh", assertions)
 
 
-@needs_nvrtc
+@needs_offsetof
 def test_numbers():
     assert_compiles("common/layout.cuh", "".join(same(f"{name} == {value}u") for name, value in CONSTANTS.items()))
     assert_compiles("kernels/exchange.cu", same(f"kStatusCounts == {exchange.STATUS_COUNTS}"))
     assert_compiles("kernels/exchange.cu", same(f"kThreads == {exchange.THREADS}"))
 
 
-@needs_nvrtc
+@needs_offsetof
 def test_a_difference_is_noticed():
     for wrong in ("sizeof(Comm) == 284", "__builtin_offsetof(Comm, rank) == 284", "kUnit == 64"):
         with pytest.raises(CompileError, match="differs"):
