@@ -34,7 +34,7 @@ __all__ = [
     "DType",
     "Exporter",
     "Tensor",
-    "_compact_strides",
+    "compact_strides",
     "ndarray_over",
     "read",
 ]
@@ -190,7 +190,7 @@ def read(producer: Any, name: str) -> Tensor:
     return Tensor(
         ptr=(tensor.data or 0) + tensor.byte_offset,
         shape=shape,
-        strides=tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _compact_strides(shape),
+        strides=tuple(tensor.strides[: tensor.ndim]) if tensor.strides else compact_strides(shape),
         dtype=dtype,
         device=(tensor.device.type, tensor.device.id),
         readonly=bool(flags & (_FLAG_READ_ONLY | _FLAG_IS_COPIED)),
@@ -215,7 +215,7 @@ def _tensor_of(capsule: Any, name: str) -> tuple[_DLTensor, int]:
     raise InputError(name, got=f"{capsule!r} from __dlpack__", wanted="an unused DLPack capsule")
 
 
-def _compact_strides(shape: Sequence[int]) -> tuple[int, ...]:
+def compact_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides, in elements, of a row-major array without gaps."""
     strides, step = [], 1
     for extent in reversed(shape):

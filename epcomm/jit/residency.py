@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from epcomm.errors import CapacityError
-from epcomm.jit.device import device_uuid, num_sms
 
-__all__ = ["Footprint", "Launch", "check_residency", "plan_residency"]
+__all__ = ["Footprint", "Launch", "plan_residency"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,6 @@ class Footprint:
     device_uuid: str
     num_sms: int
     launches: tuple[Launch, ...]
-
-
-class Ranks(Protocol):
-    """What is used of a communicator."""
-
-    @property
-    def rank(self) -> int: ...
-
-    def allgather(self, obj: Any) -> list[Any]: ...
 
 
 def plan_residency(footprints: Sequence[Footprint]) -> None:
@@ -83,16 +72,6 @@ def plan_residency(footprints: Sequence[Footprint]) -> None:
                 wanted=f"at most {room}, {blocks_per_sm} on each of {sms} SMs, or they would wait for ever",
                 do=f"set_num_sms({fitting}) or less on these ranks" if fitting else "put fewer ranks on a GPU",
             )
-
-
-def check_residency(comm: Ranks, device: int, launches: Sequence[Launch]) -> None:
-    """`plan_residency` for all ranks of `comm`. Collective, blocks the host.
-
-    Raises:
-        CapacityError: on all ranks, if the operations of the ranks of some GPU cannot all run at once.
-    """
-    own = Footprint(device_uuid(device), num_sms(device), tuple(launches))
-    plan_residency(comm.allgather(own))
 
 
 def _names(ranks: Sequence[int]) -> str:

@@ -103,14 +103,6 @@ class CudaTimeline:
             # The legacy stream cannot be asked while another stream captures; it must be left alone then, too.
             return True
 
-    def close(self) -> None:
-        """Destroy the events. Does not wait; events under way are destroyed by the driver when they have happened."""
-        handles = self._free + [event.handle for event in self._under_way if not event.finished]
-        self._free.clear()
-        self._under_way.clear()
-        for handle in handles:
-            self._runtime.eventDestroy(handle)
-
     def _create(self) -> int:
         with self._device:
             return int(self._runtime.eventCreateWithFlags(_DISABLE_TIMING))

@@ -67,15 +67,12 @@ def _own_offsets(job: Job, turn: CudaTurn, x: ArrayView, weights: ArrayView | No
     What lies outside of the arena is copied into it: one pass at the speed of the memory. Rows go through the window
     only if there is no room.
     """
-    outside: tuple[int, int, list[Block]] = (THROUGH_WINDOW, THROUGH_WINDOW, [])
     copies: list[Block] = []
     rows = _offset_in_arena(job, turn, x, copies)
-    if rows is None:
-        return outside
-    if weights is None:
-        return rows, NO_BLOCK, copies
-    own_weights = _offset_in_arena(job, turn, weights, copies)
-    return outside if own_weights is None else (rows, own_weights, copies)
+    own_weights = NO_BLOCK if rows is None or weights is None else _offset_in_arena(job, turn, weights, copies)
+    if rows is None or own_weights is None:
+        return THROUGH_WINDOW, THROUGH_WINDOW, copies
+    return rows, own_weights, copies
 
 
 def _offset_in_arena(job: Job, turn: CudaTurn, array: ArrayView, copies: list[Block]) -> int | None:

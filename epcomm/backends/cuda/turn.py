@@ -11,7 +11,7 @@ from epcomm.arrays import ArrayView, StreamRef, device_array, require, to_host
 from epcomm.arrays.streams import order
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.streams import StreamEvent
-from epcomm.dlpack import CUDA
+from epcomm.dlpack import CUDA, compact_strides
 from epcomm.errors import DeviceError
 from epcomm.event import EventOverlap
 from epcomm.memory import Block
@@ -140,8 +140,4 @@ class _Memory(Protocol):
 
 def output(block: _Memory, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> ArrayView:
     """A row-major array in `block`, which it keeps alive."""
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= extent
-    return ArrayView("", block.ptr + offset, shape, tuple(reversed(strides)), dtype, (CUDA, device), False, block)
+    return ArrayView("", block.ptr + offset, shape, compact_strides(shape), dtype, (CUDA, device), False, block)
