@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from helpers.nvrtc import compile_cubin, needs_nvrtc
 
-from epcomm.bootstrap import SoloCommunicator
 from epcomm.errors import CapacityError, CompileError
 from epcomm.jit.device import device_architecture, device_uuid, num_sms
 from epcomm.jit.kernel import Kernel
-from epcomm.jit.residency import Launch, check_residency
+from epcomm.jit.residency import Footprint, Launch, plan_residency
 
 cupy = pytest.importorskip("cupy", reason="optional package cupy is not installed (extra cuda12 or cuda13)")
 pytestmark = [needs_nvrtc, pytest.mark.skipif(not cupy.cuda.is_available(), reason="no GPU")]
@@ -123,7 +122,8 @@ def test_cost_of_a_launch(cubin):
 
 
 def test_residency():
-    assert len(device_uuid(0)) == 32
-    check_residency(SoloCommunicator(), 0, [Launch(num_sms(0), 1)])
-    with pytest.raises(CapacityError, match=rf"set_num_sms\({num_sms(0)}\)"):
-        check_residency(SoloCommunicator(), 0, [Launch(num_sms(0) + 1, 1)])
+    uuid, sms = device_uuid(0), num_sms(0)
+    assert len(uuid) == 32
+    plan_residency([Footprint(uuid, sms, (Launch(sms, 1),))])
+    with pytest.raises(CapacityError, match=rf"set_num_sms\({sms}\)"):
+        plan_residency([Footprint(uuid, sms, (Launch(sms + 1, 1),))])
