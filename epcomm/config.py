@@ -13,6 +13,7 @@ _MIB = 1 << 20
 _HINT_TOKENS = 8192  # tokens a rank that an arena of the hinted size has room for
 _MAX_TOPK = 32
 _ROW_METADATA_BYTES = _MAX_TOPK * (8 + 4) + 16  # expert indices, weights and source of one received row
+_MAX_VALUE = 2**31 - 1
 _RANKS_PER_NODE = 8  # what DeepEP's formulas assume of a node
 
 
@@ -36,7 +37,7 @@ class Config:
         num_max_rdma_chunked_recv_tokens: tokens of a receive ring between nodes.
 
     Raises:
-        ShapeError: a value below 1, or a send chunk larger than its ring.
+        ShapeError: a value below 1 or above 2^31 - 1, or a send chunk larger than its ring.
     """
 
     num_sms: int = 20
@@ -47,8 +48,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise ShapeError(f"Config.{name}", got=repr(value), wanted="an integer of at least 1")
+            if not isinstance(value, int) or not 1 <= value <= _MAX_VALUE:
+                raise ShapeError(f"Config.{name}", got=repr(value), wanted=f"an integer from 1 to {_MAX_VALUE}")
         for link in ("nvl", "rdma"):
             send = getattr(self, f"num_max_{link}_chunked_send_tokens")
             recv = getattr(self, f"num_max_{link}_chunked_recv_tokens")

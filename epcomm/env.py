@@ -13,7 +13,16 @@ from typing import Any
 
 from epcomm.errors import InputError
 
-__all__ = ["LAUNCHER_SIZE_VARIABLES", "VARIABLES", "Variable", "child_environment", "get", "launcher_size", "lookup"]
+__all__ = [
+    "LAUNCHER_SIZE_VARIABLES",
+    "VARIABLES",
+    "Variable",
+    "child_environment",
+    "get",
+    "launcher_local_rank",
+    "launcher_size",
+    "lookup",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ VARIABLES: dict[str, Variable] = {
 
 # What each launcher tells its children about the size of the job: MPICH and Intel MPI, Open MPI, Slurm's PMIx.
 LAUNCHER_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PMIX_SIZE")
+# And about the number of a child on its host.
+_LOCAL_RANK_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 
@@ -79,6 +90,12 @@ def launcher_size() -> int:
     """Number of ranks the launcher says it started, 1 if there was none."""
     sizes = [os.environ.get(name, "") for name in LAUNCHER_SIZE_VARIABLES]
     return max([int(size) for size in sizes if size.isdigit()], default=1)
+
+
+def launcher_local_rank() -> int | None:
+    """Number of this process among those that the launcher started on its host; None if it does not say."""
+    numbers = [os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES]
+    return next((int(number) for number in numbers if number.isdigit()), None)
 
 
 def lookup(name: str) -> str | None:

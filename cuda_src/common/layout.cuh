@@ -12,8 +12,9 @@
 
 namespace epcomm {
 
-inline constexpr int kNumAgreed = 16;       // values of a call that must be equal on all ranks
-inline constexpr uint64_t kUnit = 128;     // bytes; offsets in a region travel in units of this, fields start at one
+inline constexpr int kNumAgreed = 16;       // values of an exchange that must be equal on all ranks
+inline constexpr int kNumEntryAgreed = 12;  // and of an entry without one
+inline constexpr uint64_t kUnit = 128;      // bytes; offsets in a region travel in units of this, fields start at one
 
 // What a rank says instead of the offset of a block.
 inline constexpr uint32_t kThroughWindow = 0xffffffffu;  // my rows are outside of the arena: use the window
@@ -21,7 +22,7 @@ inline constexpr uint32_t kRejected = 0xfffffffeu;       // my input is bad: nob
 inline constexpr uint32_t kNoBlock = 0xfffffffdu;        // this call has no such block
 
 // Operations, each with a sequence of its own that counts its calls.
-enum Operation : uint32_t { kExchange = 0, kDispatch = 1, kCombine = 2, kBarrier = 3, kLayout = 4, kNumOperations = 5 };
+enum Operation : uint32_t { kExchange = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
 
 // What a rank may be waiting for. The names are in epcomm/kernels/layout.py.
 enum Phase : uint32_t { kPhaseCounts = 0, kPhaseEntry = 1, kPhaseDone = 2, kPhaseReady = 3, kPhaseAck = 4 };
@@ -53,7 +54,7 @@ struct EntryCells {
     uint64_t rows;        // offset of its block of rows
     uint64_t metadata;    // offset of its block of what travels beside
     uint64_t num_tokens;  // tokens that it sends, or gets back
-    uint64_t unused;
+    uint64_t digest;      // of the values that must be equal on all ranks
 };
 
 // Written by peers; the slot [rank] has that rank as its only writer. Words only grow.
@@ -68,6 +69,7 @@ struct Signals {
     uint32_t barrier[kMaxRanks];
     uint64_t window_ready[2][kMaxRanks];  // by Operation - kDispatch: {sequence << 32 | rounds}
     uint64_t window_ack[2][kMaxRanks];
+    uint64_t entry_agreed[2][2][kMaxRanks][kNumEntryAgreed];  // by Operation - kDispatch and parity; after a mismatch
 };
 
 struct Workspace {
@@ -78,9 +80,10 @@ inline constexpr uint64_t kWorkspaceBytes = 1ull << 20;
 static_assert(sizeof(Workspace) <= kWorkspaceBytes);
 
 // Why a call did not do its work.
-enum ErrorKind : uint32_t { kTimeout = 1, kPoisoned = 2, kAborted = 3, kConcurrent = 4, kBadOffset = 5 };
+enum ErrorKind : uint32_t { kNoError = 0, kTimeout = 1, kPoisoned = 2, kAborted = 3, kConcurrent = 4, kBadOffset = 5 };
 
-// Host memory that the device writes. Twin: epcomm/kernels/layout.py.
+// Host memory that the device writes, but for the words that the host is said to write: each word has one writer. Twin:
+// epcomm/kernels/layout.py.
 struct HostPage {
     uint32_t error_kind;  // ErrorKind; written last
     uint32_t operation;
@@ -90,10 +93,12 @@ struct HostPage {
     uint32_t elapsed_us;
     uint32_t abort;    // written by the host: stop waiting
     uint32_t dropped;  // rows that did not fit into num_worst_tokens, since construction
-    uint32_t rejected_by;        // the ranks that rejected their input of a call without exchange, and
-    uint32_t rejected_operation;  // the last such call
-    uint32_t voided;              // tag of an exchange that the host does not wait for, and that went wrong
-    uint32_t unused[21];
+    uint32_t num_mismatches;   // entries that disagreed, since construction; `mismatch` and its operation tell of the
+    uint32_t seen_mismatches;  // first that the host has not seen: it writes this
+    uint32_t mismatch_operation;
+    uint32_t num_voids;   // exchanges that the host does not wait for, and that went wrong; `void_…` tell why, of the
+    uint32_t seen_voids;  // first that the host has not seen: it writes this
+    uint32_t unused[19];
     uint32_t tag;           // of the exchange whose result follows; written last
     uint32_t verdict;       // 0, or the exchange says why not
     uint32_t num_received;  // rows for this rank
@@ -103,8 +108,12 @@ struct HostPage {
     uint32_t agreed[kMaxRanks * kNumAgreed];
     uint32_t status[kMaxRanks];
     int32_t expert[kMaxLocalExperts];
+    uint32_t num_rejections[kMaxRanks];  // calls without exchange of which this rank rejected its input
+    uint32_t mismatch[kMaxRanks * kNumEntryAgreed];
+    uint32_t void_agreed[kMaxRanks * kNumAgreed];
+    uint32_t void_status[kMaxRanks];
 };
-static_assert(sizeof(HostPage) == 256 + 4096 + 2048 + 128 + 4096);
+static_assert(sizeof(HostPage) == 256 + 4096 + 2048 + 128 + 4096 + 128 + 1536 + 2048 + 128);
 
 // Offsets of the fields in a received block of metadata of `num_rows` rows.
 struct MetadataLayout {

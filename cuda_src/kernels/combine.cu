@@ -9,6 +9,7 @@
 // Regions: reads blocks and windows of all ranks, writes the own window. Words: combine_entry, window_ready, window_ack,
 // combine_done; see common/layout.cuh for writers, sync/ for the pairs of release and acquire.
 #include "common/numerics.cuh"
+#include "sync/entry.cuh"
 #include "sync/pull.cuh"
 #include "sync/rows.cuh"
 #include "sync/window.cuh"
@@ -28,8 +29,8 @@ using Sum = VectorSum<KERNEL_ELEMENT>;
 struct CombineArgs {
     Comm comm;
     Window window;
+    EntryArgs entry;                 // its metadata: the weights
     uint32_t slot_weights;           // offset in a slot of the window; the row comes first
-    uint32_t own_rows, own_weights;  // offsets, or kThroughWindow, kRejected, kNoBlock
     uint32_t piece_bytes;            // of a row; a stage holds one for each rank
     uint64_t x;                      // this rank's rows, [num_rows, row_bytes]
     uint64_t x_weights;              // float32 [num_rows, num_topk], or 0
@@ -41,10 +42,9 @@ struct CombineArgs {
     uint64_t out_weights;            // float32 [num_tokens, num_topk]
     Pieces feed;                     // how rows are cut on their way to the window
     uint32_t row_bytes;
-    int32_t num_tokens, num_topk, num_worst_tokens;
-    uint32_t unused;
+    int32_t num_topk, num_worst_tokens;
 };
-static_assert(sizeof(CombineArgs) == 288 + 24 + 16 + 9 * 8 + 12 + 5 * 4,
+static_assert(sizeof(CombineArgs) == 288 + 24 + 64 + 8 + 9 * 8 + 12 + 3 * 4,
               "CombineArgs differs from epcomm/kernels/combine.py");
 
 // Where the rows of one rank are.
@@ -145,7 +145,8 @@ __device__ inline void sum_weights(const CombineArgs& args, const Shared& shared
         for (int i = 0; i < kBatch; ++i)
             if (i < count) sum = accumulate(sum, values[i]);
     }
-    if (lane < args.num_topk) pointer<float>(args.out_weights)[static_cast<int64_t>(token) * args.num_topk + lane] = sum;
+    const int64_t at = static_cast<int64_t>(token) * args.num_topk + lane;
+    if (lane < args.num_topk) pointer<float>(args.out_weights)[at] = sum;
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -163,8 +164,8 @@ __device__ inline void sum_pieces(const CombineArgs& args, const uint8_t* first,
 }
 
 // The warps of `role` sum the tokens [first, end).
-__device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe, const Role& role,
-                                   int first, int end) {
+__device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe,
+                                   const Role& role, int first, int end) {
     constexpr int kAhead = kStages > 1 ? kStages - 1 : 1;
     const int step = gridDim.x * role.num_warps;
     const uint32_t num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
@@ -236,17 +237,14 @@ __device__ inline bool pull_role(const CombineArgs& args, const Call& call, Shar
                                  const Role& role) {
     const Comm& comm = args.comm;
     if (shared.windowed == 0) {
-        pull_tokens(args, shared, pipe, role, 0, args.num_tokens);
+        pull_tokens(args, shared, pipe, role, 0, args.entry.num_tokens);
         return true;
     }
-    const uint32_t num_rounds = args.window.rounds(args.num_tokens);
+    const uint32_t num_rounds = args.window.rounds(args.entry.num_tokens);
     for (uint32_t round = 0; round < num_rounds; ++round) {
         if (!await_round(comm, call, role, kPhaseReady, comm.own().window_ready[1], shared.windowed, round + 1,
                          shared.answer[0]))
             return false;
-#if __CUDA_ARCH__ >= 900
-        ptx::fence_proxy_async_global();
-#endif
         if (role.leads() && (shared.windowed >> lane_index() & 1)) {
             const uint64_t slots = args.window.slots(comm, lane_index(), comm.rank, round);
             shared.places[lane_index()].rows = slots;
@@ -254,7 +252,7 @@ __device__ inline bool pull_role(const CombineArgs& args, const Call& call, Shar
         }
         role.sync();
         const int first = round * args.window.num_slots;
-        pull_tokens(args, shared, pipe, role, first, min(args.num_tokens, first + static_cast<int>(args.window.num_slots)));
+        pull_tokens(args, shared, pipe, role, first, args.window.round_end(round, args.entry.num_tokens));
         finish_round(comm, call, role, comm.state().taken[1], shared.windowed, round, shared.count[0],
                      [&](int r) { return &comm.of(r).window_ack[1][comm.rank]; });
     }
@@ -319,7 +317,8 @@ __device__ inline bool feed_role(const CombineArgs& args, const Call& call, Shar
                     pointer<const float>(args.x_weights)[static_cast<int64_t>(row) * args.num_topk + lane];
             return lane == 0 ? slot : 0;
         };
-        move_rows(pipe, args.feed, blockIdx.x + role.warp() * gridDim.x, num_rows, gridDim.x * role.num_warps, from, to);
+        const int warp = blockIdx.x + role.warp() * gridDim.x;
+        move_rows(pipe, args.feed, warp, num_rows, gridDim.x * role.num_warps, from, to);
         pipe.finish();
         finish_round(comm, call, role, comm.state().filled[1], fed, round, shared.count[1],
                      [&](int r) { return &comm.of(r).window_ready[1][comm.rank]; });
@@ -327,30 +326,11 @@ __device__ inline bool feed_role(const CombineArgs& args, const Call& call, Shar
     return true;
 }
 
-// All threads: the whole work between entry and exit. False: the call has failed.
+// All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
 __device__ inline bool run(const CombineArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
     const Comm& comm = args.comm;
-    if (blockIdx.x == 0 && warp_index() == 0)
-        post_entry(comm, call, &Signals::combine_entry, args.own_rows, args.own_weights, args.num_tokens);
-    if (!await_entry(comm, call, &Signals::combine_entry, shared.entries)) return false;
-    bool good = true, is_windowed = false;
-    if (threadIdx.x < comm.num_ranks) {
-        good = find_places(args, shared, threadIdx.x);
-        is_windowed = shared.places[threadIdx.x].is_windowed;
-        if (!good) {
-            record_error(comm, call, kBadOffset, kPhaseEntry, 1u << threadIdx.x, 0);
-            poison_all(comm);
-        }
-    }
-    if (warp_index() == 0) {
-        const uint32_t windowed = __ballot_sync(~0u, is_windowed);
-        if (lane_index() == 0) shared.windowed = windowed;
-    }
-#if __CUDA_ARCH__ >= 900
-    ptx::fence_proxy_async_global();  // after the acquire of the entries, before bulk loads from the blocks
-#endif
-    if (!__syncthreads_and(good)) return false;
-    const bool is_feeding = args.own_rows == kThroughWindow && comm.num_ranks > 1;
+    if (!enter(args, call, shared)) return false;
+    const bool is_feeding = args.entry.rows == kThroughWindow && comm.num_ranks > 1;
     const int num_pullers = is_feeding ? warps_per_block() / 2 : warps_per_block();
     const Role pullers = {0, num_pullers, 1};
     const Role feeders = {num_pullers, warps_per_block() - num_pullers, 2};
@@ -359,6 +339,7 @@ __device__ inline bool run(const CombineArgs& args, const Call& call, Shared& sh
     const uint32_t stage_bytes = args.piece_bytes * comm.num_ranks;
     uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp_index()) * kStages * stage_bytes;
+    bool good;
     if (pullers.has_this_warp()) {
         PullPipe<kStages> pipe(stages, barriers, counts, args.piece_bytes, comm.num_ranks);
         good = pull_role(args, call, shared, pipe, pullers);

@@ -7,6 +7,7 @@
 //
 // Regions: writes blocks and windows of all ranks, reads the own window. Words: dispatch_entry, window_ready,
 // window_ack, dispatch_done; see common/layout.cuh for writers, sync/ for the pairs of release and acquire.
+#include "sync/entry.cuh"
 #include "sync/rows.cuh"
 #include "sync/window.cuh"
 
@@ -24,9 +25,9 @@ enum Field : int { kRow = 0, kScales = 1, kTopkIdx = 2, kTopkWeights = 3, kSourc
 struct DispatchArgs {
     Comm comm;
     Window window;
+    EntryArgs entry;
     uint32_t slot_field[kNumFields];  // offsets in a slot of the window
-    uint32_t unused2;
-    uint32_t own_rows, own_metadata;  // offsets of this rank's blocks, or kThroughWindow, kRejected
+    uint32_t unused;
     uint64_t x;                       // [num_tokens, row_bytes]
     uint64_t scales;                  // [num_tokens, num_scales] of scale_bytes each, any strides; or 0
     int64_t scale_stride_token, scale_stride_scale;  // in elements
@@ -37,13 +38,12 @@ struct DispatchArgs {
     uint64_t out[kNumFields];         // this rank's outputs, wherever they are
     Pieces pieces;
     uint32_t stage_bytes;
-    int32_t num_tokens, num_scales, scale_bytes, num_topk, index_bytes, num_local_experts;
+    int32_t num_scales, scale_bytes, num_topk, index_bytes, num_local_experts;
     int32_t num_worst_tokens;  // 0: as many rows as there are
     int32_t is_cached;         // not behind an exchange
     int32_t has_weights;       // an empty array has no address
-    int32_t unused;
 };
-static_assert(sizeof(DispatchArgs) == 288 + 24 + 24 + 8 + 8 * 8 + 40 + 12 + 4 + 10 * 4,
+static_assert(sizeof(DispatchArgs) == 288 + 24 + 64 + 24 + 8 * 8 + 40 + 12 + 4 + 8 * 4,
               "DispatchArgs differs from epcomm/kernels/dispatch.py");
 
 // Where the fields of rows go at one destination: field f of row (or slot) i is at field[f] + i * stride[f].
@@ -199,11 +199,11 @@ __device__ inline bool send_role(const DispatchArgs& args, const Call& call, Sha
                                  const Role& role) {
     const Comm& comm = args.comm;
     if (shared.windowed == 0) {
-        send_tokens(args, shared, pipe, role, 0, args.num_tokens, 0);
+        send_tokens(args, shared, pipe, role, 0, args.entry.num_tokens, 0);
         pipe.finish();
         return true;
     }
-    const uint32_t num_rounds = args.window.rounds(args.num_tokens);
+    const uint32_t num_rounds = args.window.rounds(args.entry.num_tokens);
     for (uint32_t round = 0; round < num_rounds; ++round) {
         if (round >= 2 && !await_round(comm, call, role, kPhaseAck, comm.own().window_ack[0], shared.windowed,
                                        round - 1, shared.answer[0]))
@@ -215,8 +215,7 @@ __device__ inline bool send_role(const DispatchArgs& args, const Call& call, Sha
                     args.window.slots(comm, lane_index(), comm.rank, round) + args.slot_field[f];
         role.sync();
         const int first = round * args.window.num_slots;
-        send_tokens(args, shared, pipe, role, first, min(args.num_tokens, first + static_cast<int>(args.window.num_slots)),
-                    round);
+        send_tokens(args, shared, pipe, role, first, args.window.round_end(round, args.entry.num_tokens), round);
         pipe.finish();
         finish_round(comm, call, role, comm.state().filled[0], shared.windowed, round, shared.count[0],
                      [&](int r) { return &comm.of(r).window_ready[0][comm.rank]; });
@@ -254,7 +253,8 @@ __device__ inline void take_slots(const DispatchArgs& args, const Shared& shared
         if (number < all && source != comm.rank &&
             round * num_slots + slot < shared.entries[source].num_tokens) {
             row = pointer<volatile int32_t>(args.window.index(comm, comm.rank, source, round))[slot];
-            at = args.window.slots(comm, comm.rank, source, round) + static_cast<uint64_t>(slot) * args.window.slot_bytes;
+            at = args.window.slots(comm, comm.rank, source, round) +
+                 static_cast<uint64_t>(slot) * args.window.slot_bytes;
         }
         // A peer's memory may hold anything; this rank does not write outside of its outputs.
         const uint32_t used = __ballot_sync(~0u, row >= 0 && row < shared.places[comm.rank].num_rows);
@@ -287,9 +287,6 @@ __device__ inline bool take_role(const DispatchArgs& args, const Call& call, Sha
         if (!await_round(comm, call, role, kPhaseReady, comm.own().window_ready[0], sending, round + 1,
                          shared.answer[1]))
             return false;
-#if __CUDA_ARCH__ >= 900
-        ptx::fence_proxy_async_global();
-#endif
         take_slots(args, shared, pipe, round, blockIdx.x + role.warp() * gridDim.x, gridDim.x * role.num_warps);
         pipe.finish();
         finish_round(comm, call, role, comm.state().taken[0], sending, round, shared.count[1],
@@ -298,11 +295,8 @@ __device__ inline bool take_role(const DispatchArgs& args, const Call& call, Sha
     return true;
 }
 
-// The rows past the real ones select nothing.
-__device__ inline void pad_topk_idx(const DispatchArgs& args) {
-    const int num_ranks = args.comm.num_ranks;
-    const int32_t* prefix = pointer<const int32_t>(args.rank_prefix);
-    const int num_received = prefix[(num_ranks - 1) * num_ranks + args.comm.rank];
+// All blocks: rows from `num_received` on select nothing.
+__device__ inline void pad_topk_idx(const DispatchArgs& args, int num_received) {
     const int64_t first = static_cast<int64_t>(min(num_received, args.num_worst_tokens)) * args.num_topk;
     const int64_t end = static_cast<int64_t>(args.num_worst_tokens) * args.num_topk;
     for (int64_t i = first + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += gridDim.x * blockDim.x) {
@@ -315,50 +309,31 @@ __device__ inline void pad_topk_idx(const DispatchArgs& args) {
 }
 
 // One thread of one block: tell the host of rows for this rank that did not fit.
-__device__ inline void count_dropped(const DispatchArgs& args) {
-    const int num_ranks = args.comm.num_ranks;
-    const int num_sent = pointer<const int32_t>(args.rank_prefix)[(num_ranks - 1) * num_ranks + args.comm.rank];
-    if (num_sent > args.num_worst_tokens)
-        *const_cast<volatile uint32_t*>(&args.comm.page()->dropped) += num_sent - args.num_worst_tokens;
+__device__ inline void count_dropped(const DispatchArgs& args, int num_received) {
+    if (num_received > args.num_worst_tokens)
+        *const_cast<volatile uint32_t*>(&args.comm.page()->dropped) += num_received - args.num_worst_tokens;
 }
 
-// All threads: the whole work between entry and exit. False: the call has failed.
+// All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
 __device__ inline bool run(const DispatchArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
     const Comm& comm = args.comm;
-    if (blockIdx.x == 0 && warp_index() == 0)
-        post_entry(comm, call, &Signals::dispatch_entry, args.own_rows, args.own_metadata, args.num_tokens);
-    if (!await_entry(comm, call, &Signals::dispatch_entry, shared.entries)) return false;
-    bool good = true, is_windowed = false;
-    if (threadIdx.x < comm.num_ranks) {
-        good = find_places(args, shared, threadIdx.x);
-        is_windowed = shared.places[threadIdx.x].is_windowed;
-        if (!good) {
-            record_error(comm, call, kBadOffset, kPhaseEntry, 1u << threadIdx.x, 0);
-            poison_all(comm);
-        }
-    }
-    if (warp_index() == 0) {
-        const uint32_t windowed = __ballot_sync(~0u, is_windowed);
-        if (lane_index() == 0) shared.windowed = windowed;
-    }
-#if __CUDA_ARCH__ >= 900
-    ptx::fence_proxy_async_global();  // after the acquire of the entries, before bulk stores into the blocks
-#endif
-    if (!__syncthreads_and(good)) return false;
+    if (!enter(args, call, shared)) return false;
     if (args.num_worst_tokens > 0) {
-        if (args.num_topk > 0) pad_topk_idx(args);
-        if (blockIdx.x == 0 && threadIdx.x == 0) count_dropped(args);
+        const int32_t* last_row = pointer<const int32_t>(args.rank_prefix) + (comm.num_ranks - 1) * comm.num_ranks;
+        const int num_received = last_row[comm.rank];
+        pad_topk_idx(args, num_received);
+        if (blockIdx.x == 0 && threadIdx.x == 0) count_dropped(args, num_received);
     }
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp_index() * kStages;
     uint8_t* stages = dynamic + round_up(warps_per_block() * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp_index()) * kStages * args.stage_bytes;
     RowPipe<kStages> pipe(stages, barriers, args.stage_bytes);
-    const bool is_taking = args.own_rows == kThroughWindow && comm.num_ranks > 1;
+    const bool is_taking = args.entry.rows == kThroughWindow && comm.num_ranks > 1;
     const int num_senders = is_taking ? warps_per_block() / 2 : warps_per_block();
     const Role senders = {0, num_senders, 1};
     const Role takers = {num_senders, warps_per_block() - num_senders, 2};
-    good = senders.has_this_warp() ? send_role(args, call, shared, pipe, senders)
-                                   : take_role(args, call, shared, pipe, takers);
+    const bool good = senders.has_this_warp() ? send_role(args, call, shared, pipe, senders)
+                                              : take_role(args, call, shared, pipe, takers);
     return __syncthreads_and(good);
 }
 
@@ -372,6 +347,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) epcomm_dispatch(const __gri
     // rejected its input, or that waited for the counts, has launched nothing behind the exchange.
     const bool is_void = !args.is_cached && *const_cast<volatile uint32_t*>(&comm.state().verdict) != 0;
     const bool good = !is_void && run(args, call, shared, dynamic);
+    if (!good && args.num_worst_tokens > 0) pad_topk_idx(args, 0);
     if (is_last_block(comm, call)) {
         if (good && warp_index() == 0)
             meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.dispatch_done; });

@@ -21,7 +21,8 @@ struct LayoutArgs {
 static_assert(sizeof(LayoutArgs) == 80, "LayoutArgs differs from epcomm/kernels/dispatch_layout.py");
 
 __device__ inline int64_t load_index(const LayoutArgs& args, int64_t at) {
-    return args.index_bytes == 8 ? pointer<const int64_t>(args.topk_idx)[at] : pointer<const int32_t>(args.topk_idx)[at];
+    return args.index_bytes == 8 ? pointer<const int64_t>(args.topk_idx)[at]
+                                 : pointer<const int32_t>(args.topk_idx)[at];
 }
 
 // One thread: the marks of one token, and its part in the counts [experts | ranks | nodes].

@@ -40,7 +40,8 @@ __device__ inline void number_rows(const ExchangeArgs& args, int (&totals)[kMaxR
     const int rank = warp_index() % num_ranks, part = warp_index() / num_ranks;
     const bool is_used = part < num_parts;
     const int groups = (args.num_tokens + kWarp - 1) / kWarp;
-    const int first = static_cast<int64_t>(groups) * part / num_parts, end = static_cast<int64_t>(groups) * (part + 1) / num_parts;
+    const int first = static_cast<int64_t>(groups) * part / num_parts;
+    const int end = static_cast<int64_t>(groups) * (part + 1) / num_parts;
     const uint8_t* marks = pointer<const uint8_t>(args.is_token_in_rank);
     auto is_marked = [&](int group) {
         const int token = group * kWarp + lane;
@@ -105,15 +106,25 @@ __device__ inline void post_counts(const ExchangeArgs& args, const Call& call, c
     }
 }
 
+// The ranks that have posted nothing yet, a bit each, and `r` among them.
+__device__ __noinline__ uint32_t missing_ranks(const Comm& comm, const Call& call, int r) {
+    uint32_t missing = 1u << r;
+    for (int other = 0; other < comm.num_ranks; ++other) {
+        const uint64_t status = ptx::ld_relaxed_sys(&comm.own().exchange[call.parity][other].status);
+        if (status >> 32 != call.sequence) missing |= 1u << other;
+    }
+    return missing;
+}
+
 // One thread waits for one cell of rank `r`.
 __device__ inline uint32_t await_cell(const Comm& comm, const Call& call, int r, const uint64_t* cell, bool& good) {
     uint64_t value = 0;
-    const bool arrived = good && wait_for_rank(comm, call, kPhaseCounts, r, [&] {
+    auto ready = [&] {
         value = ptx::ld_relaxed_sys(cell);
         return value >> 32 == call.sequence;
-    });
-    good = arrived;
-    return arrived ? static_cast<uint32_t>(value) : 0;
+    };
+    good = good && wait_for_rank(comm, call, kPhaseCounts, ready, [&] { return missing_ranks(comm, call, r); });
+    return good ? static_cast<uint32_t>(value) : 0;
 }
 
 // Collect the cells of all ranks into the host's page; the counts also into shared memory.
@@ -147,6 +158,21 @@ __device__ inline bool collect(const ExchangeArgs& args, const Call& call, int (
         page->expert[e] = sum;
     }
     return __syncthreads_and(good);
+}
+
+// All threads: keep why the exchange went wrong, for a host that does not wait for it.
+__device__ inline void report_void(const Comm& comm) {
+    HostPage* page = comm.page();
+    const uint32_t num_before = *const_cast<volatile uint32_t*>(&page->num_voids);
+    if (num_before == ptx::ld_relaxed_sys(&page->seen_voids)) {
+        for (int i = threadIdx.x; i < comm.num_ranks * kNumAgreed; i += blockDim.x)
+            page->void_agreed[i] = page->agreed[i];
+        for (int r = threadIdx.x; r < comm.num_ranks; r += blockDim.x) page->void_status[r] = page->status[r];
+    }
+    ptx::fence_acq_rel_sys();
+    __syncthreads();
+    // RELEASE void_… -> the host, which reads them when the number has changed.
+    if (threadIdx.x == 0) ptx::st_release_sys(&page->num_voids, num_before + 1);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) epcomm_exchange(const __grid_constant__ ExchangeArgs args) {
@@ -190,8 +216,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) epcomm_exchange(const 
         }
         comm.page()->num_received = num_received;
         comm.page()->num_sent = num_sent;
-        if (good && !agree && !args.is_awaited) comm.page()->voided = args.tag;
     }
+    if (good && !agree && !args.is_awaited) report_void(comm);
     ptx::fence_acq_rel_sys();  // this thread's part of the host's page, before the tag below
     end(comm, call);
     // RELEASE page -> the host, which polls the tag.

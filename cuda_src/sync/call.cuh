@@ -17,7 +17,7 @@ __device__ inline bool begin(const Comm& comm, Operation operation, Call& call) 
     bool good = true;
     if (threadIdx.x == 0) {
         good = ptx::ld_relaxed_sys(&comm.own().poison) == 0;
-        if (!good) record_error(comm, call, kPoisoned, kPhaseEntry, 1u << (comm.own().poison - 1), 0);
+        if (!good) record_poison(comm, call, kPhaseEntry, 0);
         // A second operation of this Buffer at the same time: a replayed graph beside an eager call.
         if (blockIdx.x == 0 && ptx::atom_cas_relaxed_gpu(&state.busy, 0, 1) != 0) {
             record_error(comm, call, kConcurrent, kPhaseEntry, 1u << comm.rank, 0);
@@ -56,6 +56,11 @@ __device__ inline void end(const Comm& comm, const Call& call, bool is_counted =
 // `word(signals)` is the array of done words of the operation.
 template <typename Word> __device__ inline bool meet(const Comm& comm, const Call& call, Word word) {
     const int lane = lane_index();
+    // A block that gave up has poisoned this rank, too: the peers must not hear that its work is done.
+    if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) {
+        if (lane == 0) record_poison(comm, call, kPhaseDone, 0);
+        return false;
+    }
     if (lane == 0) ptx::fence_acq_rel_sys();
     __syncwarp();
     // RELEASE done[me] at rank `lane`. Pairs with the ACQUIRE below, there.
@@ -63,57 +68,6 @@ template <typename Word> __device__ inline bool meet(const Comm& comm, const Cal
     return wait_for_ranks(comm, call, kPhaseDone, [&](int r) {
         return reached(ptx::ld_acquire_sys(&word(comm.own())[r]), call.sequence);
     });
-}
-
-// One warp: enter with these values at every rank. Memory that the values speak of was finished by earlier kernels of
-// this stream; the fence carries that to the peers.
-__device__ inline void post_entry(const Comm& comm, const Call& call, EntryCells (Signals::*cells)[2][kMaxRanks],
-                                  uint32_t rows, uint32_t metadata, uint32_t num_tokens) {
-    const int lane = lane_index();
-    if (lane < comm.num_ranks) {
-        ptx::fence_acq_rel_sys();
-        EntryCells& mine = (comm.of(lane).*cells)[call.parity][comm.rank];
-        // RELEASE entry[me] at rank `lane`. Pairs with the ACQUIRE in await_entry, there.
-        ptx::st_release_sys(&mine.rows, tagged(call.sequence, rows));
-        ptx::st_release_sys(&mine.metadata, tagged(call.sequence, metadata));
-        ptx::st_release_sys(&mine.num_tokens, tagged(call.sequence, num_tokens));
-    }
-}
-
-// What a rank entered with.
-struct Entry {
-    uint32_t rows, metadata, num_tokens;
-};
-
-// All threads of a block: wait for the entries of all ranks. False: the call has failed, or a rank rejected it.
-__device__ inline bool await_entry(const Comm& comm, const Call& call, EntryCells (Signals::*cells)[2][kMaxRanks],
-                                   Entry (&entries)[kMaxRanks]) {
-    bool good = true;
-    if (warp_index() == 0) {
-        EntryCells(&arrived)[kMaxRanks] = (comm.own().*cells)[call.parity];
-        good = wait_for_ranks(comm, call, kPhaseEntry, [&](int r) {
-            // ACQUIRE entry[r]. Pairs with post_entry.
-            const uint64_t rows = ptx::ld_acquire_sys(&arrived[r].rows);
-            const uint64_t metadata = ptx::ld_acquire_sys(&arrived[r].metadata);
-            const uint64_t num_tokens = ptx::ld_acquire_sys(&arrived[r].num_tokens);
-            entries[r] = {static_cast<uint32_t>(rows), static_cast<uint32_t>(metadata),
-                          static_cast<uint32_t>(num_tokens)};
-            return rows >> 32 == call.sequence && metadata >> 32 == call.sequence &&
-                   num_tokens >> 32 == call.sequence;
-        });
-        const int lane = lane_index();
-        const bool is_rejected = good && lane < comm.num_ranks && entries[lane].rows == kRejected;
-        const uint32_t rejecting = __ballot_sync(~0u, is_rejected);
-        if (rejecting != 0) {
-            // All ranks see it and leave, in step; the Buffer stays usable.
-            good = false;
-            if (lane == 0 && blockIdx.x == 0) {
-                comm.page()->rejected_operation = call.operation;
-                comm.page()->rejected_by |= rejecting;
-            }
-        }
-    }
-    return __syncthreads_and(good);
 }
 
 }  // namespace epcomm

@@ -1,10 +1,12 @@
 // window.cuh: rounds through the windows, for arrays that lie outside of the arena.
 //
 // A window has an area for each peer, in two halves: an index, then slots, one for each token of a round. Round k uses
-// half k & 1; whoever fills it waits until round k - 2 was taken out. Both sides count rounds in words that carry the sequence of the call. Fillers and takers are different
-// warps: a filler waits for takers only, a taker for fillers only, each one round back, so nobody waits in a circle.
+// half k & 1; whoever fills it waits until round k - 2 was taken out. Both sides count rounds in words that carry the
+// sequence of the call. Fillers and takers are different warps: a filler waits for takers only, a taker for fillers only,
+// each one round back, so nobody waits in a circle.
 #pragma once
 
+#include "ptx/bulk.cuh"
 #include "sync/call.cuh"
 
 namespace epcomm {
@@ -24,6 +26,10 @@ struct Window {
     __device__ uint64_t slots(const Comm& comm, int owner, int peer, uint32_t round) const {
         return index(comm, owner, peer, round) + round_up(num_slots * 4, kUnit);
     }
+    // The tokens of round `round` end here, of `num_tokens`.
+    __device__ int round_end(uint32_t round, int num_tokens) const {
+        return min(num_tokens, static_cast<int>((round + 1) * num_slots));
+    }
     __device__ uint32_t rounds(uint32_t num_tokens) const { return (num_tokens + num_slots - 1) / num_slots; }
 };
 static_assert(sizeof(Window) == 24);
@@ -31,7 +37,7 @@ static_assert(sizeof(Window) == 24);
 // A part of the warps of each block: threads [first, first + count), whole warps, with a barrier of its own.
 struct Role {
     int first_warp, num_warps, barrier;
-    __device__ bool has_this_warp() const { return warp_index() >= first_warp && warp_index() < first_warp + num_warps; }
+    __device__ bool has_this_warp() const { return warp() >= 0 && warp() < num_warps; }
     __device__ int warp() const { return warp_index() - first_warp; }
     __device__ bool leads() const { return warp() == 0; }
     __device__ void sync() const { ptx::bar_sync(barrier, num_warps * kWarp); }
@@ -43,14 +49,18 @@ __device__ inline bool await_round(const Comm& comm, const Call& call, const Rol
                                    const uint64_t* words, uint32_t ranks, uint32_t round, bool& shared) {
     if (role.leads()) {
         const bool good = wait_for_ranks(comm, call, phase, [&](int r) {
+            if (!(ranks >> r & 1)) return true;
             // ACQUIRE words[r]. Pairs with the release of finish_round, there.
-            return !(ranks >> r & 1) ||
-                   static_cast<int64_t>(ptx::ld_acquire_sys(&words[r]) - tagged(call.sequence, round)) >= 0;
+            const uint64_t word = ptx::ld_acquire_sys(&words[r]);
+            return word >> 32 == call.sequence && static_cast<uint32_t>(word) >= round;
         });
         if (lane_index() == 0) shared = good;
     }
     role.sync();
     const bool good = shared;
+#if __CUDA_ARCH__ >= 900
+    ptx::fence_proxy_async_global();  // after the acquire, before bulk copies in and out of the windows
+#endif
     role.sync();  // before the leader writes `shared` again
     return good;
 }

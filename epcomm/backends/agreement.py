@@ -4,49 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-
-from epcomm.backends.protocol import DispatchRequest
+from epcomm.backends.protocol import CombineRequest, DispatchRequest
 from epcomm.config import Config
 from epcomm.errors import RankMismatch
 from epcomm.numerics import ROW_DTYPES
 
 __all__ = [
-    "CONFIG",
+    "CACHED_DISPATCH",
+    "COMBINE",
     "DISPATCH",
-    "PAYLOAD",
+    "cached_dispatch_values",
     "check_agreed",
-    "config_values",
+    "combine_values",
     "dispatch_values",
-    "payload_values",
     "show",
 ]
 
-PAYLOAD = ("hidden", "dtype", "num_scales", "scales_itemsize")
-CONFIG = ("config nvl_send", "config nvl_recv", "config rdma_send", "config rdma_recv")
+_PAYLOAD = ("hidden", "dtype", "num_scales", "scales_itemsize")
+_CONFIG = ("config nvl_send", "config nvl_recv", "config rdma_send", "config rdma_recv")
 DISPATCH = (
-    *PAYLOAD,
+    *_PAYLOAD,
     "num_topk",
     "num_experts",
     "topk_idx itemsize",
     "topk_weights",
     "num_worst_tokens",
     "expert_alignment",
-    *CONFIG,
+    *_CONFIG,
 )
-
+CACHED_DISPATCH = (*_PAYLOAD, "handle of dispatch", *_CONFIG)
+COMBINE = ("hidden", "dtype", "num_topk", "handle of dispatch", *_CONFIG)
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
 
 
-def dtype_code(dtype: np.dtype[Any]) -> int:
-    """Number of a row dtype."""
-    return _DTYPE_CODES[dtype]
-
-
-def config_values(config: Config) -> tuple[int, ...]:
+def _config_values(config: Config) -> tuple[int, ...]:
     """The chunk sizes; ranks may differ in their number of SMs."""
     return (
         config.num_max_nvl_chunked_send_tokens,
@@ -56,25 +49,41 @@ def config_values(config: Config) -> tuple[int, ...]:
     )
 
 
-def payload_values(request: DispatchRequest) -> tuple[int, ...]:
-    """Values of `PAYLOAD`."""
+def _payload_values(request: DispatchRequest) -> tuple[int, ...]:
     x, scales = request.x, request.scales
     num_scales, itemsize = (0, 0) if scales is None else (math.prod(scales.shape[1:]), scales.dtype.itemsize)
-    return (x.shape[1], dtype_code(x.dtype), num_scales, itemsize)
+    return (x.shape[1], _DTYPE_CODES[x.dtype], num_scales, itemsize)
 
 
 def dispatch_values(request: DispatchRequest) -> tuple[int, ...]:
     """Values of `DISPATCH`, of a dispatch without handle."""
     topk_idx = request.topk_idx
     return (
-        *payload_values(request),
+        *_payload_values(request),
         0 if topk_idx is None else topk_idx.shape[1],
         request.num_experts,
         0 if topk_idx is None else topk_idx.dtype.itemsize,
         request.topk_weights is not None,
         request.num_worst_tokens,
         request.expert_alignment,
-        *config_values(request.config),
+        *_config_values(request.config),
+    )
+
+
+def cached_dispatch_values(request: DispatchRequest, dispatch_id: int) -> tuple[int, ...]:
+    """Values of `CACHED_DISPATCH`, of the dispatch that the handle is of."""
+    return (*_payload_values(request), dispatch_id, *_config_values(request.config))
+
+
+def combine_values(request: CombineRequest) -> tuple[int, ...]:
+    """Values of `COMBINE`."""
+    x, weights = request.x, request.topk_weights
+    return (
+        x.shape[1],
+        _DTYPE_CODES[x.dtype],
+        0 if weights is None else weights.shape[1],
+        request.handle.dispatch_id,
+        *_config_values(request.config),
     )
 
 

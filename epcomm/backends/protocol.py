@@ -194,6 +194,12 @@ class Backend(Protocol):
 
     name: str
 
+    def enter(self) -> int | None:
+        """*Local.* Make this rank's GPU current in this thread; what `leave` needs to undo that."""
+
+    def leave(self, before: int | None) -> None:
+        """*Local.* Make the device current again that `enter` found."""
+
     def turn(self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool) -> Turn:
         """*Local.* Begin a call. `framework` is that of its input, None if that is no array."""
 

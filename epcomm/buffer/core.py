@@ -162,7 +162,11 @@ class BufferCore:
                 failure = self._backend.news()
                 assert failure is not None
                 raise failure
-            yield
+            before = self._backend.enter()
+            try:
+                yield
+            finally:
+                self._backend.leave(before)
         except BaseException as error:
             breaks = isinstance(error, PeerTimeout | BootstrapError | KeyboardInterrupt) or self._backend.interrupted()
             if breaks and self._broken is None:

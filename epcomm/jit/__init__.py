@@ -1,7 +1,7 @@
 """From CUDA source text to loaded kernels. Knows nothing of MoE."""
 
 from epcomm.jit.compiler import Program
-from epcomm.jit.device import current_device, device_architecture, device_uuid, load_cupy, num_sms
+from epcomm.jit.device import current_device, device_architecture, device_uuid, load_cupy, max_shared_bytes, num_sms
 from epcomm.jit.kernel import Kernel
 from epcomm.jit.residency import Footprint, Launch, plan_residency
 from epcomm.jit.sharing import share_cubins
@@ -15,6 +15,7 @@ __all__ = [
     "device_architecture",
     "device_uuid",
     "load_cupy",
+    "max_shared_bytes",
     "num_sms",
     "plan_residency",
     "share_cubins",

@@ -9,9 +9,9 @@ from typing import Any
 
 from epcomm.errors import MissingDependency
 
-__all__ = ["current_device", "device_architecture", "device_uuid", "load_cupy", "num_sms"]
+__all__ = ["current_device", "device_architecture", "device_uuid", "load_cupy", "max_shared_bytes", "num_sms"]
 
-_NUM_SMS = 16  # cudaDevAttrMultiProcessorCount
+_NUM_SMS, _MAX_SHARED_BYTES = 16, 97  # cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin
 
 
 @functools.cache
@@ -54,6 +54,11 @@ def device_architecture(device: int) -> str:
 def device_uuid(device: int) -> str:
     """32 hexadecimal digits that are equal exactly for the same GPU (or MIG instance), in any process."""
     return bytes(load_cupy().cuda.runtime.getDeviceProperties(device)["uuid"])[:16].hex()
+
+
+def max_shared_bytes(device: int) -> int:
+    """Shared memory that a block may have if it asks for it, static and dynamic."""
+    return int(load_cupy().cuda.runtime.deviceGetAttribute(_MAX_SHARED_BYTES, device))
 
 
 def num_sms(device: int) -> int:

@@ -7,8 +7,8 @@ import struct
 from typing import NamedTuple
 
 from epcomm.jit import Program
-from epcomm.kernels.layout import round_up
-from epcomm.kernels.rows import SHARED_BYTES, Pieces, cut, num_warps, pipe_bytes
+from epcomm.kernels.layout import NUM_ENTRY_AGREED, round_up
+from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
 
 __all__ = ["ENTRY", "FIELDS", "PROGRAMS", "Shape", "shape"]
 
@@ -24,10 +24,11 @@ _WANTED_WARPS = 13
 _PIECE_UNIT = 512  # bytes: a warp reads 16 bytes a lane
 _MAX_PIECE = 4096
 
-# window: offset, area_bytes, slot_bytes, num_slots; slot_weights, own_rows, own_weights, piece_bytes;
+# window: offset, area_bytes, slot_bytes, num_slots; entry: rows, weights, num_tokens, unused, agreed[12];
+# slot_weights, piece_bytes;
 # x, x_weights, src_idx, send_pos, rank_prefix, bias[2], out, out_weights; feed[3];
-# row_bytes, num_tokens, num_topk, num_worst_tokens, unused
-FIELDS = struct.Struct("<2Q2I4I9Q3II3iI")
+# row_bytes, num_topk, num_worst_tokens
+FIELDS = struct.Struct(f"<2Q2I2IiI{NUM_ENTRY_AGREED}I2I9Q3II2i")
 
 
 class Shape(NamedTuple):
@@ -40,17 +41,22 @@ class Shape(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(row_bytes: int, num_ranks: int, has_bulk: bool) -> Shape:
+def shape(row_bytes: int, num_ranks: int, memory: int) -> Shape:
     """Pieces as large as lets `_WANTED_WARPS` warps keep a piece from each rank in flight and another one ready.
 
     Rows are cut evenly: a short last piece leaves warps with unequal work.
+
+    Args:
+        row_bytes: bytes of a row.
+        num_ranks: ranks of the job.
+        memory: `stage_memory`, into which the copy engine pulls; 0: there is none, rows go through registers.
     """
-    most = SHARED_BYTES // (_WANTED_WARPS * STAGES * num_ranks) // _PIECE_UNIT * _PIECE_UNIT
+    most = memory // (_WANTED_WARPS * STAGES * num_ranks) // _PIECE_UNIT * _PIECE_UNIT
     most = max(_PIECE_UNIT, min(_MAX_PIECE, most))
     piece = min(round_up(-(-row_bytes // -(-row_bytes // most)), _PIECE_UNIT), row_bytes)
     stage_bytes = piece * num_ranks
     feed = cut(row_bytes, stage_bytes // 16 * 16)
-    if not has_bulk:
+    if not memory:
         return Shape(piece, feed, 32 * _MAX_WARPS, pipe_bytes(_MAX_WARPS, 2 * STAGES, 0))
-    warps = num_warps(2 * STAGES, STAGES * stage_bytes, _MAX_WARPS)
+    warps = num_warps(memory, 2 * STAGES, STAGES * stage_bytes, _MAX_WARPS)
     return Shape(piece, feed, 32 * warps, pipe_bytes(warps, 2 * STAGES, STAGES * stage_bytes))

@@ -7,7 +7,7 @@ import struct
 from typing import NamedTuple
 
 from epcomm.jit import Program
-from epcomm.kernels.layout import round_up
+from epcomm.kernels.layout import NUM_ENTRY_AGREED, round_up
 from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
 
 __all__ = ["ENTRY", "FIELDS", "PROGRAM", "Shape", "Slot", "shape", "slot"]
@@ -20,11 +20,11 @@ _MAX_WARPS = 16
 # below it, there is too little to hide latency (NVLink needs 0.7 MB).
 _BYTES_UNDER_WAY = 3_670_016
 
-# window: offset, area_bytes, slot_bytes, num_slots; slot_field[5], unused; own_rows, own_metadata;
-# x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
-# pieces[3], stage_bytes; num_tokens, num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
-# num_worst_tokens, is_cached, has_weights, unused
-FIELDS = struct.Struct("<2Q2I6I2I2Q2q4Q5Q4I10i")
+# window: offset, area_bytes, slot_bytes, num_slots; entry: rows, metadata, num_tokens, unused, agreed[12];
+# slot_field[5], unused; x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos,
+# rank_prefix; out[5]; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes,
+# num_local_experts, num_worst_tokens, is_cached, has_weights
+FIELDS = struct.Struct(f"<2Q2I2IiI{NUM_ENTRY_AGREED}I6I2Q2q4Q5Q4I8i")
 
 
 class Shape(NamedTuple):
@@ -43,21 +43,21 @@ class Slot(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(row_bytes: int, has_bulk: bool, blocks_on_gpu: int, is_windowed: bool) -> Shape:
+def shape(row_bytes: int, memory: int, blocks_on_gpu: int, is_windowed: bool) -> Shape:
     """Warps for as many bytes under way as a GPU's memory takes without mixing up its pages.
 
     Args:
         row_bytes: bytes of a row.
-        has_bulk: the copy engine moves rows; else they go through registers.
+        memory: `stage_memory`, through which the copy engine moves rows; 0: there is none, they go through registers.
         blocks_on_gpu: blocks of this operation that all ranks of the GPU run at once.
         is_windowed: half of the warps empty the window; then as many as have room.
     """
     pieces = cut(row_bytes)
-    if not has_bulk:
+    if not memory:
         return Shape(pieces, 32 * _MAX_WARPS, pipe_bytes(_MAX_WARPS, STAGES, 0))
     stage_bytes = STAGES * pieces.piece_bytes
     wanted = _MAX_WARPS if is_windowed else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
-    warps = num_warps(STAGES, stage_bytes, max(2, min(_MAX_WARPS, wanted)))
+    warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_WARPS, wanted)))
     return Shape(pieces, 32 * warps, pipe_bytes(warps, STAGES, stage_bytes))
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "MAX_TOPK",
     "NO_BLOCK",
     "NUM_AGREED",
+    "NUM_ENTRY_AGREED",
     "OPERATIONS",
     "PHASES",
     "REJECTED",
@@ -25,7 +26,7 @@ __all__ = [
 MAX_RANKS = 32  # of one node
 MAX_TOPK = 32
 MAX_LOCAL_EXPERTS = 1024
-NUM_AGREED = 16
+NUM_AGREED, NUM_ENTRY_AGREED = 16, 12
 UNIT = 128  # bytes; offsets in a region travel in units of this
 WORKSPACE_BYTES = 1 << 20
 
@@ -45,10 +46,12 @@ HOST_PAGE = np.dtype(
         ("elapsed_us", "<u4"),
         ("abort", "<u4"),
         ("dropped", "<u4"),
-        ("rejected_by", "<u4"),
-        ("rejected_operation", "<u4"),
-        ("voided", "<u4"),
-        ("unused", "<u4", 21),
+        ("num_mismatches", "<u4"),
+        ("seen_mismatches", "<u4"),
+        ("mismatch_operation", "<u4"),
+        ("num_voids", "<u4"),
+        ("seen_voids", "<u4"),
+        ("unused", "<u4", 19),
         ("tag", "<u4"),
         ("verdict", "<u4"),
         ("num_received", "<u4"),
@@ -58,9 +61,13 @@ HOST_PAGE = np.dtype(
         ("agreed", "<u4", MAX_RANKS * NUM_AGREED),
         ("status", "<u4", MAX_RANKS),
         ("expert", "<i4", MAX_LOCAL_EXPERTS),
+        ("num_rejections", "<u4", MAX_RANKS),
+        ("mismatch", "<u4", MAX_RANKS * NUM_ENTRY_AGREED),
+        ("void_agreed", "<u4", MAX_RANKS * NUM_AGREED),
+        ("void_status", "<u4", MAX_RANKS),
     ]
 )
-assert HOST_PAGE.itemsize == 256 + 4096 + 2048 + 128 + 4096
+assert HOST_PAGE.itemsize == 256 + 4096 + 2048 + 128 + 4096 + 128 + 1536 + 2048 + 128
 
 
 def round_up(value: int, unit: int) -> int:

@@ -6,11 +6,9 @@ from typing import NamedTuple
 
 from epcomm.kernels.layout import UNIT, round_up
 
-__all__ = ["SHARED_BYTES", "Pieces", "cut", "num_warps", "pipe_bytes"]
+__all__ = ["Pieces", "cut", "num_warps", "pipe_bytes", "stage_memory"]
 
-# Dynamic shared memory of a block: what an SM has, less 1 KB for the system and the static part of a kernel. The more
-# rows are under way, the fewer SMs fill the links.
-SHARED_BYTES = 227 * 1024 - 3 * 1024
+_STATIC_BYTES = 3 * 1024  # shared memory that kernels take for other things
 _MAX_PIECE = 14336  # bytes
 
 
@@ -20,6 +18,11 @@ class Pieces(NamedTuple):
     row_bytes: int
     piece_bytes: int
     num_pieces: int
+
+
+def stage_memory(block_bytes: int) -> int:
+    """Dynamic shared memory of a block, of what the GPU lets one have: the more is under way, the fewer SMs will do."""
+    return block_bytes - _STATIC_BYTES
 
 
 def cut(row_bytes: int, max_piece: int = _MAX_PIECE) -> Pieces:
@@ -34,7 +37,7 @@ def pipe_bytes(num_warps: int, words_per_warp: int, stage_bytes_per_warp: int) -
     return round_up(num_warps * words_per_warp * 8, UNIT) + num_warps * stage_bytes_per_warp
 
 
-def num_warps(words_per_warp: int, stage_bytes_per_warp: int, most: int) -> int:
-    """As many warps as have stages in shared memory, at least the two that the roles of a kernel need."""
-    fitting = (SHARED_BYTES - UNIT) // (stage_bytes_per_warp + words_per_warp * 8)
+def num_warps(memory: int, words_per_warp: int, stage_bytes_per_warp: int, most: int) -> int:
+    """As many warps as have stages in `memory`, at least the two that the roles of a kernel need."""
+    fitting = (memory - UNIT) // (stage_bytes_per_warp + words_per_warp * 8)
     return max(2, min(most, fitting))

@@ -106,6 +106,32 @@ def test_disagreement(comm, careless_buffer, disagreement):
 
 
 @pytest.mark.ranks((2, 3))
+@pytest.mark.parametrize(
+    "disagreement", [d for d in DISAGREEMENTS if d.operation in ("cached_dispatch", "combine")], ids=str
+)
+def test_disagreement_in_a_call_that_waits_for_nobody(comm, careless_buffer, disagreement):
+    """No row is moved on any rank, and all hear from `check` of the values that differ."""
+    scene = set_scene(careless_buffer, disagreement.operation)
+    call(scene, disagreement.operation, disagreement.change(scene) if comm.rank == 1 else None)
+    CUPY.synchronize()
+    assert_mismatch(comm, error_of(careless_buffer.check), disagreement.differing, odd=1)
+    careless_buffer.check()
+    assert_still_works(careless_buffer, disagreement.operation)
+
+
+@pytest.mark.ranks(2)
+def test_handles_of_different_dispatches(comm, careless_buffer):
+    mine = moe.inputs(comm.rank, comm.size)
+    handles = [moe.send(careless_buffer, mine).handle for _ in range(2)]
+    careless_buffer.dispatch(CUPY.up(mine.x), handle=handles[comm.rank])
+    CUPY.synchronize()
+    error = error_of(careless_buffer.check)
+    assert type(error) is RankMismatch, repr(error)
+    assert list(error.table) == ["handle of dispatch"]
+    moe.assert_works(careless_buffer)
+
+
+@pytest.mark.ranks((2, 3))
 def test_disagreement_about_the_worst_case(comm, buffer):
     """Whoever waits for counts hears of it in the call, the other one from `check`."""
     scene = set_scene(buffer, "dispatch")

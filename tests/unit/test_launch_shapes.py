@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from epcomm.backends.cuda.job import default_num_sms
+from epcomm.backends.cuda.placement import default_num_sms
 from epcomm.errors import CapacityError
 from epcomm.kernels import combine, dispatch, dispatch_layout
 from epcomm.kernels.layout import MAX_RANKS, UNIT
-from epcomm.kernels.rows import SHARED_BYTES, Pieces
+from epcomm.kernels.rows import Pieces, stage_memory
 from epcomm.kernels.window import WINDOW_BYTES, Window
 
 ROW_BYTES = [*range(16, 1200, 16), *range(1200, 60000, 1008), 14336, 14352, 28672, 28688, 100000, 262144, 1 << 20]
 MAX_PIECE = 14336
+# What a block may have on GPUs with a copy engine (compute capability 9.0 and 10.0, 12.0), and on those without.
+MEMORIES = [stage_memory(227 * 1024), stage_memory(99 * 1024), 0]
 
 
 def assert_covers(pieces: Pieces, row_bytes: int) -> None:
@@ -23,41 +25,41 @@ def assert_covers(pieces: Pieces, row_bytes: int) -> None:
     assert last % 16 == 0
 
 
-def assert_fits(threads: int, shared_bytes: int) -> None:
+def assert_fits(threads: int, shared_bytes: int, memory: int) -> None:
     assert threads % 32 == 0
     assert 64 <= threads <= 512  # two roles, each of whole warps; the bound that the kernels are compiled with
-    assert shared_bytes <= SHARED_BYTES
+    assert shared_bytes <= (memory or 48 * 1024)
 
 
-@pytest.mark.parametrize("has_bulk", [True, False])
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("is_windowed", [True, False])
 @pytest.mark.parametrize("blocks_on_gpu", [1, 24, 128])
-def test_dispatch(blocks_on_gpu, is_windowed, has_bulk):
+def test_dispatch(blocks_on_gpu, is_windowed, memory):
     for row_bytes in ROW_BYTES:
-        shape = dispatch.shape(row_bytes, has_bulk, blocks_on_gpu, is_windowed)
+        shape = dispatch.shape(row_bytes, memory, blocks_on_gpu, is_windowed)
         assert_covers(shape.pieces, row_bytes)
         assert shape.pieces.piece_bytes <= MAX_PIECE
-        assert_fits(shape.threads, shape.shared_bytes)
+        assert_fits(shape.threads, shape.shared_bytes, memory)
         num_warps = shape.threads // 32
-        if has_bulk:
+        if memory:
             stages = num_warps * dispatch.STAGES * (8 + shape.pieces.piece_bytes)
             assert stages <= shape.shared_bytes < stages + 128
         # Pieces of about equal size: none is short by more than 16 bytes for each piece.
         assert shape.pieces.piece_bytes * shape.pieces.num_pieces - row_bytes < 16 * shape.pieces.num_pieces
 
 
-@pytest.mark.parametrize("has_bulk", [True, False])
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8, 13, 31, 32])
-def test_combine(num_ranks, has_bulk):
+def test_combine(num_ranks, memory):
     for row_bytes in ROW_BYTES:
-        shape = combine.shape(row_bytes, num_ranks, has_bulk)
+        shape = combine.shape(row_bytes, num_ranks, memory)
         assert shape.piece_bytes % 16 == 0
         assert 16 <= shape.piece_bytes <= row_bytes
         assert_covers(shape.feed, row_bytes)
         # Rows on their way to the window use the stages of the rows that are pulled.
         assert shape.feed.piece_bytes <= shape.piece_bytes * num_ranks
-        assert_fits(shape.threads, shape.shared_bytes)
-        if has_bulk:
+        assert_fits(shape.threads, shape.shared_bytes, memory)
+        if memory:
             num_warps = shape.threads // 32
             stages = num_warps * combine.STAGES * (16 + shape.piece_bytes * num_ranks)
             assert stages <= shape.shared_bytes < stages + 128

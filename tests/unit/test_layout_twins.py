@@ -29,6 +29,11 @@ def pieces(name: str) -> list[str]:
     return [f"{name}.row_bytes", f"{name}.piece_bytes", f"{name}.num_pieces"]
 
 
+ENTRY = (
+    *("entry.rows", "entry.metadata", "entry.num_tokens", "entry.unused"),
+    *array("entry.agreed", layout.NUM_ENTRY_AGREED),
+)
+
 # Struct -> (source, where its fields begin, what Python packs, names of the fields in that order).
 STRUCTS = {
     "Comm": (
@@ -62,14 +67,15 @@ STRUCTS = {
         dispatch.FIELDS,
         [
             *WINDOW,
+            *ENTRY,
             *array("slot_field", 5),
-            "unused2",
-            *words("own_rows own_metadata x scales scale_stride_token scale_stride_scale"),
+            "unused",
+            *words("x scales scale_stride_token scale_stride_scale"),
             *words("topk_idx topk_weights send_pos rank_prefix"),
             *array("out", 5),
             *pieces("pieces"),
-            *words("stage_bytes num_tokens num_scales scale_bytes num_topk index_bytes num_local_experts"),
-            *words("num_worst_tokens is_cached has_weights unused"),
+            *words("stage_bytes num_scales scale_bytes num_topk index_bytes num_local_experts"),
+            *words("num_worst_tokens is_cached has_weights"),
         ],
     ),
     "CombineArgs": (
@@ -78,10 +84,11 @@ STRUCTS = {
         combine.FIELDS,
         [
             *WINDOW,
-            *words("slot_weights own_rows own_weights piece_bytes"),
+            *ENTRY,
+            *words("slot_weights piece_bytes"),
             *words("x x_weights src_idx send_pos rank_prefix bias[0] bias[1] out out_weights"),
             *pieces("feed"),
-            *words("row_bytes num_tokens num_topk num_worst_tokens unused"),
+            *words("row_bytes num_topk num_worst_tokens"),
         ],
     ),
 }
@@ -90,6 +97,7 @@ CONSTANTS = {
     "kMaxRanks": layout.MAX_RANKS,
     "kMaxLocalExperts": layout.MAX_LOCAL_EXPERTS,
     "kNumAgreed": layout.NUM_AGREED,
+    "kNumEntryAgreed": layout.NUM_ENTRY_AGREED,
     "kUnit": layout.UNIT,
     "kWorkspaceBytes": layout.WORKSPACE_BYTES,
     "kThroughWindow": layout.THROUGH_WINDOW,

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.arrays import ArrayView, StreamRef
-from epcomm.backends.agreement import DISPATCH, check_agreed
+from epcomm.backends.agreement import CACHED_DISPATCH, COMBINE, DISPATCH, check_agreed
 from epcomm.backends.cuda.combine import combine, reject_combine
 from epcomm.backends.cuda.dispatch import (
     ELSEWHERE,
     contradiction,
     dispatch,
     dispatch_layout,
-    reject_cached,
     reject_exchange,
+    reject_move,
 )
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.turn import CudaTurn, output
@@ -56,6 +56,12 @@ class CudaBackend:
         self._job = Job(comm, topology, num_arena_bytes, timeout_s, device)
         self._num_dropped = 0
 
+    def enter(self) -> int | None:
+        return self._job.enter_device()
+
+    def leave(self, before: int | None) -> None:
+        self._job.leave_device(before)
+
     def turn(
         self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool
     ) -> CudaTurn:
@@ -63,16 +69,26 @@ class CudaBackend:
 
     def num_sms(self, wanted: int | None) -> int:
         """SMs of an operation; None: nobody has said how many."""
-        return self._job.default_num_sms if wanted is None else self._job.blocks(wanted)
+        return self._job.default_num_sms if wanted is None else self._job.placement.blocks(wanted)
 
     def dispatch_layout(self, turn: CudaTurn, topk_idx: ArrayView, num_experts: int) -> LayoutOutcome:
         return dispatch_layout(self._job, turn, topk_idx, num_experts)
 
     def dispatch(self, turn: CudaTurn, request: DispatchRequest) -> DispatchOutcome:
-        return dispatch(self._job, turn, request)
+        try:
+            return dispatch(self._job, turn, request)
+        except Exception as error:
+            if not turn.has_entered:
+                self.reject(turn, Rejectable.CACHED_DISPATCH if request.handle else Rejectable.DISPATCH, error)
+            raise
 
     def combine(self, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
-        return combine(self._job, turn, request)
+        try:
+            return combine(self._job, turn, request)
+        except Exception as error:
+            if not turn.has_entered:
+                self.reject(turn, Rejectable.COMBINE, error)
+            raise
 
     def low_latency_dispatch(
         self, turn: CudaTurn, request: LowLatencyDispatchRequest
@@ -88,7 +104,7 @@ class CudaBackend:
         if operation is Rejectable.DISPATCH:
             reject_exchange(self._job, turn, error)
         elif operation is Rejectable.CACHED_DISPATCH:
-            reject_cached(self._job, turn)
+            reject_move(self._job, turn, is_cached=True)
         elif operation is Rejectable.COMBINE:
             reject_combine(self._job, turn)
         # Low-latency calls are not here yet, so no rank waits in one.
@@ -117,7 +133,7 @@ class CudaBackend:
 
     def barrier(self, turn: CudaTurn) -> None:
         """All ranks reach this point of their streams. Collective; does not block the host."""
-        self._job.launch_barrier(turn.stream)
+        self._job.launch.barrier(turn.stream)
 
     def mask(self, rank: int) -> None:
         _no_low_latency("low_latency_update_mask_buffer")
@@ -142,8 +158,13 @@ class CudaBackend:
         ranks = [other for other in page.take_rejections() if other != rank]  # the own error was raised in the call
         if ranks:
             return PeerError("an earlier call, of which no row was moved", dict.fromkeys(ranks, ELSEWHERE))
-        if page.take_voided():
-            return self._why_void()
+        void, mismatch = page.take_void(), page.take_mismatch()
+        if void is not None:
+            return self._why_void(*void)
+        if mismatch is not None:
+            operation, values = mismatch
+            names = COMBINE if operation == "combine" else CACHED_DISPATCH
+            return _disagreement(f"an earlier {operation}, of which no row was moved", names, values)
         if page.dropped != self._num_dropped:
             dropped, self._num_dropped = page.dropped - self._num_dropped, page.dropped
             return CapacityError(
@@ -154,24 +175,13 @@ class CudaBackend:
             )
         return None
 
-    def _why_void(self) -> EpcommError:
+    def _why_void(self, status: list[int], agreed: list[list[int]]) -> EpcommError:
         """Why an exchange went wrong, of which no host waited for the counts."""
-        page, what = self._job.page, "an earlier dispatch"
-        status = page.status().tolist()
+        what = "an earlier dispatch, of which no row was moved"
         if status[self._job.rank] == STATUS_COUNTS:
             return contradiction()
         rejecting = {rank: ELSEWHERE for rank, code in enumerate(status) if code}
-        if rejecting:
-            return PeerError(f"{what}, of which no row was moved", rejecting)
-        try:
-            check_agreed(what, DISPATCH, page.agreed().tolist())
-        except EpcommError as error:
-            return error
-        return EpcommError(
-            what,
-            got="one of which no row was moved; later ones have overwritten why",
-            do="call check() after each dispatch to hear of the rank and its reason",
-        )
+        return PeerError(what, rejecting) if rejecting else _disagreement(what, DISPATCH, agreed)
 
     @property
     def failed(self) -> bool:
@@ -199,6 +209,15 @@ class _Arena:
 
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
+
+
+def _disagreement(what: str, names: Sequence[str], values: list[list[int]]) -> EpcommError:
+    """The error of ranks that disagree about `values`, one list a rank."""
+    try:
+        check_agreed(what, names, values)
+    except EpcommError as error:
+        return error
+    raise AssertionError(f"{what}: equal values {values}")
 
 
 def _no_low_latency(what: str) -> NoReturn:

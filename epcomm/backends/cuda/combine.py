@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from epcomm.arrays import ArrayView
+from epcomm.backends.agreement import combine_values
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.turn import CudaTurn
 from epcomm.backends.protocol import CombineOutcome, CombineRequest
 from epcomm.kernels import combine as kernel
-from epcomm.kernels.layout import NO_BLOCK, REJECTED, THROUGH_WINDOW, UNIT, round_up
+from epcomm.kernels.layout import NO_BLOCK, NUM_ENTRY_AGREED, REJECTED, THROUGH_WINDOW, UNIT, round_up
 from epcomm.memory import Block
 
 __all__ = ["combine", "reject_combine"]
 
 _FLOAT32 = np.dtype(np.float32)
+_NOTHING_TO_AGREE_ON = (0, 0, *(0,) * NUM_ENTRY_AGREED)  # of no tokens
+_NO_ARRAYS = (0,) * 9
 
 
 def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
@@ -27,17 +30,23 @@ def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome
     rows, own_weights, copies = _own_offsets(job, turn, x, weights)
     combined = turn.new((handle.num_tokens, hidden), x.dtype)
     combined_weights = None if weights is None else turn.new((handle.num_tokens, num_topk), _FLOAT32)
-    shape = kernel.shape(row_bytes, job.size, job.has_bulk)
+    shape = kernel.shape(row_bytes, job.size, job.launch.stage_memory)
     biases = [bias.ptr for bias in request.biases]
-    job.launch_combine(
+    agreed = combine_values(request)
+    turn.has_entered = True
+    job.launch.combine(
         turn.stream,
         x.dtype.name,
-        job.blocks(request.num_sms),
+        job.placement.blocks(request.num_sms),
         shape,
         *job.window.cut(row_bytes + round_up(4 * num_topk, 16)),
-        row_bytes,
         rows,
         own_weights,
+        handle.num_tokens,
+        0,
+        *agreed,
+        *[0] * (NUM_ENTRY_AGREED - len(agreed)),
+        row_bytes,
         shape.piece_bytes,
         x.ptr,
         0 if weights is None else weights.ptr,
@@ -50,10 +59,8 @@ def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome
         0 if combined_weights is None else combined_weights.ptr,
         *shape.feed,
         row_bytes,
-        handle.num_tokens,
         num_topk,
         handle.num_worst_tokens,
-        0,
     )
     for copy in copies:
         copy.note_reader(turn.stream, turn.ref.keep)
@@ -93,19 +100,21 @@ def _offset_in_arena(job: Job, turn: CudaTurn, array: ArrayView, copies: list[Bl
 
 def reject_combine(job: Job, turn: CudaTurn) -> None:
     """Enter a combine only to say that this rank's input is bad."""
-    shape = kernel.shape(16, job.size, job.has_bulk)
-    job.launch_combine(
+    shape = kernel.shape(16, job.size, job.launch.stage_memory)
+    job.launch.combine(
         turn.stream,
         "bfloat16",
         1,
         shape,
         *job.window.cut(16),
-        16,
         REJECTED,
         NO_BLOCK,
+        *_NOTHING_TO_AGREE_ON,
+        16,
         shape.piece_bytes,
-        *[0] * 9,
+        *_NO_ARRAYS,
         *shape.feed,
         16,
-        *[0] * 4,
+        0,
+        0,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from epcomm.arrays import ArrayView
-from epcomm.backends.agreement import DISPATCH, check_agreed, dispatch_values
+from epcomm.backends.agreement import DISPATCH, cached_dispatch_values, check_agreed, dispatch_values
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.turn import CudaTurn
 from epcomm.backends.protocol import DispatchOutcome, DispatchRequest, LayoutOutcome
@@ -20,6 +20,7 @@ from epcomm.kernels.layout import (
     MAX_LOCAL_EXPERTS,
     NO_BLOCK,
     NUM_AGREED,
+    NUM_ENTRY_AGREED,
     REJECTED,
     THROUGH_WINDOW,
     UNIT,
@@ -28,11 +29,17 @@ from epcomm.kernels.layout import (
 )
 from epcomm.memory import Block
 
-__all__ = ["ELSEWHERE", "contradiction", "dispatch", "dispatch_layout", "reject_cached", "reject_exchange"]
+__all__ = ["ELSEWHERE", "contradiction", "dispatch", "dispatch_layout", "reject_exchange", "reject_move"]
 
 _BOOL, _INT32, _FLOAT32 = np.dtype(np.bool_), np.dtype(np.int32), np.dtype(np.float32)
 _STATUS_REJECTED = 1
 ELSEWHERE = "an error there says why"
+
+# Arguments of kernels that are launched only to say no.
+_NO_MARKS = (0,) * 7  # no arrays, no tokens, no experts
+_NOTHING_TO_AGREE_ON = (0, 0, *(0,) * NUM_ENTRY_AGREED)  # of no tokens
+_NO_ARRAYS = (0,) * 13
+_NOTHING_BESIDE = (0, 1, 0, 8, 0)  # no scales of 1 byte, no choices of 8 bytes, no experts
 
 
 def dispatch_layout(job: Job, turn: CudaTurn, topk_idx: ArrayView, num_experts: int) -> LayoutOutcome:
@@ -41,7 +48,7 @@ def dispatch_layout(job: Job, turn: CudaTurn, topk_idx: ArrayView, num_experts: 
     per_rank = turn.new((job.size,), _INT32)
     per_expert = turn.new((num_experts,), _INT32)
     marks = turn.new((num_tokens, job.size), _BOOL)
-    job.launch_layout(
+    job.launch.layout(
         turn.stream,
         num_tokens,
         num_experts + job.size,
@@ -174,9 +181,10 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
             got="a stream under capture, and a call that waits for counts",
             wanted="a call that does not: with num_worst_tokens, or with a handle",
         )
+    job.window.cut(sizes.slot.num_bytes)  # raises before peers count on this rank
     send_pos = turn.new((sizes.num_tokens, job.size), _INT32)
     prefix = turn.new((job.size, job.size), _INT32)
-    job.is_in_step = False
+    turn.has_entered, job.is_in_step = True, False
     tag = _exchange(job, turn, request, send_pos, prefix)
     num_received, page = worst, job.page
     experts: list[int] = []
@@ -187,8 +195,13 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
             job.is_in_step = True
             _raise_answers(job)
         num_received = page.num_received
-    places = _Places(job, turn, sizes, num_received, True)
-    _move(job, turn, request, sizes, places, send_pos, prefix, False)
+    try:
+        places = _Places(job, turn, sizes, num_received, True)
+    except Exception:  # no memory: the others are on their way, and must not wait for this rank
+        reject_move(job, turn, is_cached=False)
+        job.is_in_step = True
+        raise
+    _move(job, turn, request, sizes, places, send_pos, prefix, tag, False)
     job.is_in_step = True
     if not worst:
         unit = request.expert_alignment
@@ -204,7 +217,7 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
         is_token_in_rank=request.is_token_in_rank,
         forward_mask=None,
         forward_counts=None,
-        dispatch_id=job.next_dispatch_id(),
+        dispatch_id=tag,
         num_dropped=0,  # with num_worst_tokens the page counts them
         num_sent=None if worst else page.num_sent,
         send_pos=send_pos,
@@ -215,8 +228,10 @@ def _cached(job: Job, turn: CudaTurn, request: DispatchRequest, sizes: _Sizes) -
     handle = request.handle
     assert handle is not None
     turn.pin(handle.send_pos, handle.rank_prefix_matrix)
+    job.window.cut(sizes.slot.num_bytes)
     places = _Places(job, turn, sizes, handle.num_rows, False)
-    _move(job, turn, request, sizes, places, handle.send_pos, handle.rank_prefix_matrix, True)
+    turn.has_entered = True
+    _move(job, turn, request, sizes, places, handle.send_pos, handle.rank_prefix_matrix, handle.dispatch_id, True)
     return DispatchOutcome(
         recv_x=places.rows(request.x),
         recv_scales=places.scales(request.scales),
@@ -239,7 +254,7 @@ def _exchange(job: Job, turn: CudaTurn, request: DispatchRequest, send_pos: Arra
     marks, per_rank, per_expert = request.is_token_in_rank, request.num_tokens_per_rank, request.num_tokens_per_expert
     agreed = dispatch_values(request)
     tag = job.next_tag()
-    job.launch_exchange(
+    job.launch.exchange(
         turn.stream,
         marks.ptr,
         per_rank.ptr if per_rank is not None else 0,
@@ -266,19 +281,27 @@ def _move(
     places: _Places,
     send_pos: Any,
     prefix: Any,
+    dispatch_id: int,
     is_cached: bool,
 ) -> None:
     scales, topk_idx, weights = request.scales, request.topk_idx, request.topk_weights
-    blocks, slot = job.blocks(request.num_sms), sizes.slot
-    shape = kernel.shape(sizes.row_bytes, job.has_bulk, blocks * job.ranks_on_gpu, places.is_windowed)
+    blocks, slot = job.placement.blocks(request.num_sms), sizes.slot
+    shape = kernel.shape(
+        sizes.row_bytes, job.launch.stage_memory, blocks * job.placement.ranks_on_gpu, places.is_windowed
+    )
     strides = (0, 0) if scales is None else (scales.strides[0], scales.strides[1] if len(scales.strides) > 1 else 0)
-    job.launch_dispatch(
+    agreed = cached_dispatch_values(request, dispatch_id)
+    job.launch.dispatch(
         turn.stream,
         blocks,
         shape,
         *job.window.cut(slot.num_bytes),
-        *slot.fields,
         *places.offsets,
+        sizes.num_tokens,
+        0,
+        *agreed,
+        *[0] * (NUM_ENTRY_AGREED - len(agreed)),
+        *slot.fields,
         request.x.ptr,
         0 if scales is None else scales.ptr,
         *strides,
@@ -289,7 +312,6 @@ def _move(
         *places.addresses,
         *shape.pieces,
         shape.pieces.piece_bytes,
-        sizes.num_tokens,
         sizes.num_scales,
         sizes.scale_bytes,
         sizes.num_topk,
@@ -298,7 +320,6 @@ def _move(
         request.num_worst_tokens,
         is_cached,
         sizes.has_weights,
-        0,
     )
     job.count(places.is_windowed, "dispatch")
 
@@ -334,25 +355,28 @@ def _rejection(job: Job, status: list[int], own: str) -> PeerError:
 def reject_exchange(job: Job, turn: CudaTurn, error: Exception) -> None:
     """Take part in the exchange of a dispatch only to tell the peers that this rank's input is bad."""
     tag = job.next_tag()
-    job.launch_exchange(turn.stream, *[0] * 5, 0, 0, _STATUS_REJECTED, tag, 1, 0, *[0] * NUM_AGREED)
+    job.launch.exchange(turn.stream, *_NO_MARKS, _STATUS_REJECTED, tag, True, 0, *(0,) * NUM_AGREED)
     job.page.await_tag(tag, job.check_job)
     _rejection(job, job.page.status().tolist(), str(error) or repr(error))
 
 
-def reject_cached(job: Job, turn: CudaTurn) -> None:
-    """Enter a cached dispatch only to say that this rank's input is bad."""
-    shape, slot = kernel.shape(16, job.has_bulk, job.ranks_on_gpu, False), kernel.slot(16, 0, 0, 0)
-    job.launch_dispatch(
+def reject_move(job: Job, turn: CudaTurn, is_cached: bool) -> None:
+    """Enter the move of a dispatch only to say that this rank cannot take part."""
+    shape, slot = kernel.shape(16, job.launch.stage_memory, job.placement.ranks_on_gpu, False), kernel.slot(16, 0, 0, 0)
+    job.launch.dispatch(
         turn.stream,
         1,
         shape,
         *job.window.cut(slot.num_bytes),
-        *slot.fields,
         REJECTED,
         NO_BLOCK,
-        *[0] * 8,
-        *[0] * 5,
+        *_NOTHING_TO_AGREE_ON,
+        *slot.fields,
+        *_NO_ARRAYS,
         *shape.pieces,
         shape.pieces.piece_bytes,
-        *(0, 0, 1, 0, 8, 0, 0, 1, 0, 0),
+        *_NOTHING_BESIDE,
+        0,
+        is_cached,
+        False,
     )

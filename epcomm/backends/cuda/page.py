@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.errors import ConcurrentUse, EpcommError, PeerTimeout
-from epcomm.kernels.layout import HOST_PAGE, NUM_AGREED, OPERATIONS, PHASES
+from epcomm.kernels.layout import HOST_PAGE, NUM_AGREED, NUM_ENTRY_AGREED, OPERATIONS, PHASES
 
 __all__ = ["HostPage"]
 
@@ -28,7 +28,9 @@ def _word(name: str) -> int:
 
 _TAG, _KIND, _ABORT = _word("tag"), _word("error_kind"), _word("abort")
 _VERDICT, _RECEIVED, _SENT, _EXPERT = _word("verdict"), _word("num_received"), _word("num_sent"), _word("expert")
-_DROPPED, _REJECTED_BY, _VOIDED = _word("dropped"), _word("rejected_by"), _word("voided")
+_DROPPED, _REJECTIONS = _word("dropped"), _word("num_rejections")
+_MISMATCHES, _SEEN_MISMATCHES = _word("num_mismatches"), _word("seen_mismatches")
+_VOIDS, _SEEN_VOIDS = _word("num_voids"), _word("seen_voids")
 
 
 class HostPage:
@@ -51,6 +53,7 @@ class HostPage:
         self._words = memoryview(raw.data).cast("I")
         self._spin_s = _SPIN_AS_THREAD_S if in_process else _SPIN_S
         self._rank, self._num_ranks, self._timeout_s = rank, num_ranks, timeout_s
+        self._seen_rejections = [0] * num_ranks
 
     @property
     def failed(self) -> bool:
@@ -107,8 +110,7 @@ class HostPage:
 
     def agreed(self) -> NDArray[np.uint32]:
         """uint32 ``[R, NUM_AGREED]``: what the ranks said that must be equal."""
-        size = self._num_ranks * NUM_AGREED
-        return self._record["agreed"][:size].reshape(-1, NUM_AGREED)  # type: ignore[no-any-return]
+        return self._by_rank("agreed", NUM_AGREED)
 
     def status(self) -> NDArray[np.uint32]:
         """uint32 ``[R]``: 0, or why a rank rejected its input."""
@@ -125,13 +127,32 @@ class HostPage:
 
     def take_rejections(self) -> list[int]:
         """The ranks that rejected a call which exchanges no counts, since the last look."""
-        mask, self._words[_REJECTED_BY] = self._words[_REJECTED_BY], 0
-        return [rank for rank in range(self._num_ranks) if mask >> rank & 1]
+        counts = self._words[_REJECTIONS : _REJECTIONS + self._num_ranks].tolist()
+        seen, self._seen_rejections = self._seen_rejections, counts
+        return [rank for rank in range(self._num_ranks) if counts[rank] != seen[rank]]
 
-    def take_voided(self) -> bool:
-        """Whether an exchange that nobody waited for went wrong, since the last look."""
-        voided, self._words[_VOIDED] = self._words[_VOIDED], 0
-        return bool(voided)
+    def take_mismatch(self) -> tuple[str, list[list[int]]] | None:
+        """The first call without exchange whose ranks disagreed, since the last look: its name, and all values."""
+        number = self._words[_MISMATCHES]
+        if number == self._words[_SEEN_MISMATCHES]:
+            return None
+        operation = OPERATIONS[int(self._record["mismatch_operation"])]
+        values = self._by_rank("mismatch", NUM_ENTRY_AGREED).tolist()
+        self._words[_SEEN_MISMATCHES] = number  # from here on the kernels use the record again
+        return operation, values
+
+    def take_void(self) -> tuple[list[int], list[list[int]]] | None:
+        """The first exchange that nobody waited for and that went wrong, since the last look: `status`, `agreed`."""
+        number = self._words[_VOIDS]
+        if number == self._words[_SEEN_VOIDS]:
+            return None
+        status = self._record["void_status"][: self._num_ranks].tolist()
+        agreed = self._by_rank("void_agreed", NUM_AGREED).tolist()
+        self._words[_SEEN_VOIDS] = number  # likewise
+        return status, agreed
+
+    def _by_rank(self, field: str, columns: int) -> NDArray[np.uint32]:
+        return self._record[field][: self._num_ranks * columns].reshape(-1, columns)  # type: ignore[no-any-return]
 
     def error(self) -> EpcommError:
         """The error record as an exception."""

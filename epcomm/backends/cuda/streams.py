@@ -16,6 +16,7 @@ from typing import Any
 from epcomm.arrays.streams import LEGACY, PER_THREAD, as_stream, current_stream, order
 from epcomm.errors import InputError
 from epcomm.event import EventOverlap
+from epcomm.jit import current_device
 from epcomm.memory import driver
 
 __all__ = ["StreamEvent", "Streams", "capture_event"]
@@ -31,7 +32,7 @@ class StreamEvent:
     Args:
         stream: raw handle; the event is recorded here and now.
         framework: whose current stream `current_stream_wait` speaks of.
-        device: CUDA device number.
+        device: CUDA device number, which is current in this thread.
         outputs: blocks that streams which wait for this event are going to use.
     """
 
@@ -83,7 +84,10 @@ def capture_event() -> EventOverlap:
     if framework is None:
         return EventOverlap()
     stream = current_stream(framework, _last.device)
-    return EventOverlap() if stream is None else EventOverlap(StreamEvent(stream, framework, _last.device))
+    if stream is None:
+        return EventOverlap()
+    with current_device(_last.device):
+        return EventOverlap(StreamEvent(stream, framework, _last.device))
 
 
 class Streams:

@@ -12,7 +12,7 @@ from epcomm.arrays.streams import order
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.streams import StreamEvent
 from epcomm.dlpack import CUDA, compact_strides
-from epcomm.errors import DeviceError
+from epcomm.errors import DeviceError, InputError
 from epcomm.event import EventOverlap
 from epcomm.memory import Block
 
@@ -23,6 +23,9 @@ _HIDES_STREAM = ("jax", "dlpack")  # frameworks that do not know that we read th
 
 class CudaTurn:
     """See `epcomm.backends.protocol.Turn`.
+
+    Attributes:
+        has_entered: whether the peers count on this call; set by the operation.
 
     Args:
         job: this rank's part.
@@ -50,6 +53,7 @@ class CudaTurn:
         self._wait_for(previous_event)
         streams.enter(self.stream, keep)
         self.is_captured = streams.is_capturing(self.stream)
+        self.has_entered = False  # peers know of this call
         self._blocks: list[Block] = []
 
     def _wait_for(self, previous: EventOverlap | None) -> None:
@@ -81,6 +85,13 @@ class CudaTurn:
         return None
 
     def checked_values(self, view: ArrayView) -> NDArray[Any]:
+        if self.is_captured:
+            raise InputError(
+                "EPCOMM_CHECK",
+                got="a stream under capture",
+                wanted="one that runs, to read the values of an array",
+                do="unset it to capture",
+            )
         return to_host(view, self.stream)
 
     def pin(self, *views: ArrayView) -> None:

@@ -125,6 +125,12 @@ class HostBackend:
         self._nodes = internode.Nodes(comm.rank, comm.size, topology.ranks_per_node)
         self._turn = HostTurn()
 
+    def enter(self) -> None:
+        return None
+
+    def leave(self, before: int | None) -> None:
+        pass
+
     def turn(
         self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool
     ) -> HostTurn:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
-from epcomm.backends.agreement import CONFIG, DISPATCH, PAYLOAD, show
+from epcomm.backends.agreement import CACHED_DISPATCH, COMBINE, DISPATCH, show
 from epcomm.errors import PeerError, RankMismatch
 from epcomm.layout import (
     HEADER_NUMBERS,
@@ -59,8 +59,8 @@ _LABELS = {
 _LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
 AGREED: dict[Operation, tuple[str, ...]] = {
     Operation.DISPATCH: DISPATCH,
-    Operation.CACHED_DISPATCH: (*PAYLOAD, "handle of dispatch", *CONFIG),
-    Operation.COMBINE: ("hidden", "dtype", "num_topk", "handle of dispatch", *CONFIG),
+    Operation.CACHED_DISPATCH: CACHED_DISPATCH,
+    Operation.COMBINE: COMBINE,
     Operation.FORWARD_DISPATCH: (),
     Operation.FORWARD_COMBINE: (),
     Operation.LOW_LATENCY_DISPATCH: (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0"),

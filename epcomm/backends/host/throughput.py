@@ -9,11 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.arrays import empty
-from epcomm.backends.agreement import DISPATCH, config_values, dispatch_values, dtype_code, payload_values
+from epcomm.backends.agreement import (
+    CACHED_DISPATCH,
+    COMBINE,
+    DISPATCH,
+    cached_dispatch_values,
+    combine_values,
+    dispatch_values,
+)
 from epcomm.backends.host.delivery import Delivery
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.fields import Field, Selection, as_bytes, by_range, to_all
-from epcomm.backends.host.header import AGREED, Operation
+from epcomm.backends.host.header import Operation
 from epcomm.backends.host.rows import OrderedSum, keep_first, select_tokens
 from epcomm.backends.protocol import CombineOutcome, CombineRequest, DispatchOutcome, DispatchRequest
 from epcomm.errors import HandleError
@@ -37,20 +44,13 @@ def agreed_for_dispatch(request: DispatchRequest) -> tuple[Operation, dict[str, 
     """Operation and agreed values of a dispatch's header."""
     if request.handle is None:
         return Operation.DISPATCH, dict(zip(DISPATCH, dispatch_values(request), strict=True))
-    values = (*payload_values(request), request.handle.dispatch_id, *config_values(request.config))
-    return Operation.CACHED_DISPATCH, dict(zip(AGREED[Operation.CACHED_DISPATCH], values, strict=True))
+    values = cached_dispatch_values(request, request.handle.dispatch_id)
+    return Operation.CACHED_DISPATCH, dict(zip(CACHED_DISPATCH, values, strict=True))
 
 
 def agreed_for_combine(request: CombineRequest) -> dict[str, int]:
     """Agreed values of a combine's header."""
-    values = (
-        request.x.shape[1],
-        dtype_code(request.x.dtype),
-        0 if request.topk_weights is None else request.topk_weights.shape[1],
-        request.handle.dispatch_id,
-        *config_values(request.config),
-    )
-    return dict(zip(AGREED[Operation.COMBINE], values, strict=True))
+    return dict(zip(COMBINE, combine_values(request), strict=True))
 
 
 def payload_fields(request: DispatchRequest, selection: Selection) -> dict[str, Field]:
