@@ -24,6 +24,13 @@ inline constexpr uint32_t kNoBlock = 0xfffffffdu;        // this call has no suc
 // Operations, each with a sequence of its own that counts its calls.
 enum Operation : uint32_t { kExchange = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
 
+// Whether the dispatch behind an exchange moves rows; the same on all ranks. If not, it is no call.
+enum Verdict : uint32_t {
+    kMove = 0,
+    kVoid = 1,     // a rank rejected its input, or the ranks disagree
+    kNoRoom = 2,   // a rank gets more rows than it has room for: the host makes room and launches another one
+};
+
 // What a rank may be waiting for. The names are in epcomm/kernels/layout.py.
 enum Phase : uint32_t { kPhaseCounts = 0, kPhaseEntry = 1, kPhaseDone = 2, kPhaseReady = 3, kPhaseAck = 4 };
 
@@ -33,7 +40,7 @@ struct State {
     uint32_t ticket[8];    // by Operation: blocks that have finished the present call
     uint32_t busy;         // an operation is running
     uint32_t failed;       // the error record is taken
-    uint32_t verdict;      // of the last exchange: 0, or why the dispatch behind it must not move rows
+    uint32_t verdict;      // Verdict of the last exchange
     uint32_t filled[2][2];  // by Operation - kDispatch and parity of the round: blocks that have filled the windows
     uint32_t taken[2][2];   // and that have emptied them
     uint32_t unused[37];
@@ -45,8 +52,9 @@ struct ExchangeCells {
     uint64_t count[kMaxRanks];  // rows to each rank
     uint64_t agreed[kNumAgreed];
     uint64_t status;
+    uint64_t capacity;                  // rows that it has room for already
     uint64_t expert[kMaxLocalExperts];  // tokens of the receiver's experts
-    uint64_t unused[15];
+    uint64_t unused[14];
 };
 
 // How a rank enters an operation: cells as above.
@@ -100,7 +108,7 @@ struct HostPage {
     uint32_t seen_voids;  // first that the host has not seen: it writes this
     uint32_t unused[19];
     uint32_t tag;           // of the exchange whose result follows; written last
-    uint32_t verdict;       // 0, or the exchange says why not
+    uint32_t verdict;       // Verdict
     uint32_t num_received;  // rows for this rank
     uint32_t num_sent;      // and from it
     uint32_t unused2[28];

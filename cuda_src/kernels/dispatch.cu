@@ -35,12 +35,12 @@ struct DispatchArgs {
     uint64_t topk_weights;            // float32 [num_tokens, num_topk], or 0
     uint64_t send_pos;                // int32 [num_tokens, num_ranks]
     uint64_t rank_prefix;             // int32 [num_ranks, num_ranks]
-    uint64_t out[kNumFields];         // this rank's outputs, wherever they are
+    uint64_t out[kNumFields];         // this rank's outputs; if they are in the arena, only topk_idx is looked at
     Pieces pieces;
     uint32_t stage_bytes;
     int32_t num_scales, scale_bytes, num_topk, index_bytes, num_local_experts;
     int32_t num_worst_tokens;  // 0: as many rows as there are
-    int32_t is_cached;         // not behind an exchange
+    int32_t is_forced;         // whatever the last exchange said
     int32_t has_weights;       // an empty array has no address
 };
 static_assert(sizeof(DispatchArgs) == 288 + 24 + 64 + 24 + 8 * 8 + 40 + 12 + 4 + 8 * 4,
@@ -83,7 +83,7 @@ __device__ inline bool find_places(const DispatchArgs& args, Shared& shared, int
     const Entry entry = shared.entries[r];
     places.is_windowed = entry.rows == kThroughWindow && r != comm.rank;
     if (places.is_windowed) return true;
-    if (r == comm.rank) {
+    if (entry.rows == kThroughWindow) {  // this rank itself
         for (int f = 0; f < kNumFields; ++f) places.field[f] = args.out[f];
         return true;
     }
@@ -345,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) epcomm_dispatch(const __gri
     if (!begin(comm, kDispatch, call)) return;
     // What the exchange before found is the same on all ranks: all leave, or none. It is no call then: a rank that
     // rejected its input, or that waited for the counts, has launched nothing behind the exchange.
-    const bool is_void = !args.is_cached && *const_cast<volatile uint32_t*>(&comm.state().verdict) != 0;
+    const bool is_void = !args.is_forced && *const_cast<volatile uint32_t*>(&comm.state().verdict) != kMove;
     const bool good = !is_void && run(args, call, shared, dynamic);
     if (!good && args.num_worst_tokens > 0) pad_topk_idx(args, 0);
     if (is_last_block(comm, call)) {

@@ -20,7 +20,7 @@ struct ExchangeArgs {
     uint32_t status;  // not 0: this rank rejects its own input
     uint32_t tag;     // for the host
     uint32_t is_awaited;  // by the host
-    uint32_t unused;
+    uint32_t capacity;    // rows that this rank has room for: if all have enough, the dispatch behind this moves them
     uint32_t agreed[kNumAgreed];
 };
 static_assert(sizeof(ExchangeArgs) == 288 + 5 * 8 + 6 * 4 + 4 * kNumAgreed,
@@ -80,7 +80,7 @@ __device__ inline void number_rows(const ExchangeArgs& args, int (&totals)[kMaxR
 __device__ inline void post_counts(const ExchangeArgs& args, const Call& call, const int (&totals)[kMaxRanks],
                                    uint32_t status) {
     const Comm& comm = args.comm;
-    const int num_fixed = comm.num_ranks + kNumAgreed + 1;
+    const int num_fixed = comm.num_ranks + kNumAgreed + 2;
     const int num_cells = num_fixed + args.num_local_experts;
     const int32_t* experts = pointer<const int32_t>(args.tokens_per_expert);
     for (int i = threadIdx.x; i < num_cells * comm.num_ranks; i += blockDim.x) {
@@ -94,9 +94,12 @@ __device__ inline void post_counts(const ExchangeArgs& args, const Call& call, c
         } else if (cell < comm.num_ranks + kNumAgreed) {
             address = &slot.agreed[cell - comm.num_ranks];
             value = args.agreed[cell - comm.num_ranks];
-        } else if (cell < num_fixed) {
+        } else if (cell == comm.num_ranks + kNumAgreed) {
             address = &slot.status;
             value = status;
+        } else if (cell < num_fixed) {
+            address = &slot.capacity;
+            value = args.capacity;
         } else {
             address = &slot.expert[cell - num_fixed];
             value = experts != nullptr ? experts[peer * args.num_local_experts + cell - num_fixed] : 0;
@@ -127,9 +130,9 @@ __device__ inline uint32_t await_cell(const Comm& comm, const Call& call, int r,
     return good ? static_cast<uint32_t>(value) : 0;
 }
 
-// Collect the cells of all ranks into the host's page; the counts also into shared memory.
+// Collect the cells of all ranks into the host's page; the counts and capacities also into shared memory.
 __device__ inline bool collect(const ExchangeArgs& args, const Call& call, int (&counts)[kMaxRanks * kMaxRanks],
-                               bool& agree) {
+                               uint32_t (&capacities)[kMaxRanks], bool& agree) {
     const Comm& comm = args.comm;
     HostPage* page = comm.page();
     const int num_ranks = comm.num_ranks;
@@ -148,6 +151,7 @@ __device__ inline bool collect(const ExchangeArgs& args, const Call& call, int (
     for (int r = threadIdx.x; r < num_ranks; r += blockDim.x) {
         const uint32_t status = await_cell(comm, call, r, &slots[r].status, good);
         page->status[r] = status;
+        capacities[r] = await_cell(comm, call, r, &slots[r].capacity, good);
         equal = equal && status == 0;
     }
     agree = __syncthreads_and(equal);
@@ -178,6 +182,7 @@ __device__ inline void report_void(const Comm& comm) {
 extern "C" __global__ void __launch_bounds__(kThreads, 1) epcomm_exchange(const __grid_constant__ ExchangeArgs args) {
     __shared__ int totals[kMaxRanks];
     __shared__ int counts[kMaxRanks * kMaxRanks];
+    __shared__ uint32_t capacities[kMaxRanks];
     __shared__ uint32_t status;
     const Comm& comm = args.comm;
     Call call;
@@ -195,20 +200,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) epcomm_exchange(const 
     __syncthreads();
     post_counts(args, call, totals, status);
     bool agree = false;
-    const bool good = collect(args, call, counts, agree);
+    const bool good = collect(args, call, counts, capacities, agree);
     const int num_ranks = comm.num_ranks;
-    if (good) {
+    bool fits = true;
+    if (good && threadIdx.x < num_ranks) {
         int32_t* prefix = pointer<int32_t>(args.rank_prefix);
-        for (int j = threadIdx.x; j < num_ranks && prefix != nullptr; j += blockDim.x) {
-            int sum = 0;
-            for (int i = 0; i < num_ranks; ++i) {
-                sum += counts[i * num_ranks + j];
-                prefix[i * num_ranks + j] = sum;
-            }
+        const int j = threadIdx.x;
+        int sum = 0;
+        for (int i = 0; i < num_ranks; ++i) {
+            sum += counts[i * num_ranks + j];
+            if (prefix != nullptr) prefix[i * num_ranks + j] = sum;
         }
+        fits = static_cast<uint32_t>(sum) <= capacities[j];
     }
+    fits = __syncthreads_and(fits);
     if (threadIdx.x == 0) {
-        comm.state().verdict = comm.page()->verdict = good && agree ? 0 : 1;
+        comm.state().verdict = comm.page()->verdict = !good || !agree ? kVoid : fits ? kMove : kNoRoom;
         int num_received = 0, num_sent = 0;
         for (int r = 0; r < num_ranks; ++r) {
             num_received += counts[r * num_ranks + comm.rank];

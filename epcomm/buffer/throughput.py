@@ -127,8 +127,8 @@ class ThroughputOperations(BufferCore):
         Raises:
             InputError: this rank's arguments cannot be used (a subclass says what is wrong).
             PeerError: another rank's arguments cannot be used.
-            RankMismatch: the ranks disagree about hidden, dtype, scales, top-k, experts, config or the operation (not
-                compared on CUDA with a handle).
+            RankMismatch: the ranks disagree about hidden, dtype, scales, top-k, experts, config, the handle or (on the
+                host backend) the operation.
             PeerTimeout: a rank did not take part; the Buffer is then broken.
             CapacityError: more SMs than all ranks of a GPU can have at once.
 

@@ -23,7 +23,7 @@ _BYTES_UNDER_WAY = 3_670_016
 # window: offset, area_bytes, slot_bytes, num_slots; entry: rows, metadata, num_tokens, unused, agreed[12];
 # slot_field[5], unused; x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos,
 # rank_prefix; out[5]; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes,
-# num_local_experts, num_worst_tokens, is_cached, has_weights
+# num_local_experts, num_worst_tokens, is_forced, has_weights
 FIELDS = struct.Struct(f"<2Q2I2IiI{NUM_ENTRY_AGREED}I6I2Q2q4Q5Q4I8i")
 
 

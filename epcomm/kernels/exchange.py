@@ -7,13 +7,14 @@ import struct
 from epcomm.jit import Program
 from epcomm.kernels.layout import NUM_AGREED
 
-__all__ = ["ENTRY", "FIELDS", "PROGRAM", "STATUS_COUNTS", "THREADS"]
+__all__ = ["ANY_CAPACITY", "ENTRY", "FIELDS", "PROGRAM", "STATUS_COUNTS", "THREADS"]
 
 PROGRAM = Program("kernels/exchange.cu")
 ENTRY = "epcomm_exchange"
 THREADS = 1024
 STATUS_COUNTS = 2  # num_tokens_per_rank contradicts is_token_in_rank
+ANY_CAPACITY = 0xFFFFFFFF
 
 # is_token_in_rank, tokens_per_rank, tokens_per_expert, send_pos, rank_prefix;
-# num_tokens, num_local_experts, status, tag, is_awaited, unused; agreed
+# num_tokens, num_local_experts, status, tag, is_awaited, capacity; agreed
 FIELDS = struct.Struct(f"<5Q2i4I{NUM_AGREED}I")

@@ -57,7 +57,7 @@ STRUCTS = {
         exchange.FIELDS,
         [
             *words("is_token_in_rank tokens_per_rank tokens_per_expert send_pos rank_prefix"),
-            *words("num_tokens num_local_experts status tag is_awaited unused"),
+            *words("num_tokens num_local_experts status tag is_awaited capacity"),
             *array("agreed", layout.NUM_AGREED),
         ],
     ),
@@ -75,7 +75,7 @@ STRUCTS = {
             *array("out", 5),
             *pieces("pieces"),
             *words("stage_bytes num_scales scale_bytes num_topk index_bytes num_local_experts"),
-            *words("num_worst_tokens is_cached has_weights"),
+            *words("num_worst_tokens is_forced has_weights"),
         ],
     ),
     "CombineArgs": (
@@ -108,6 +108,8 @@ CONSTANTS = {
     "kAborted": page._ABORTED,
     "kConcurrent": page._CONCURRENT,
     "kBadOffset": page._BAD_OFFSET,
+    "kMove": page._MOVE,
+    "kVoid": page._VOID,
     **{
         name: layout.PHASES.index(phase)
         for name, phase in {

@@ -104,7 +104,7 @@ class CudaBackend:
         if operation is Rejectable.DISPATCH:
             reject_exchange(self._job, turn, error)
         elif operation is Rejectable.CACHED_DISPATCH:
-            reject_move(self._job, turn, is_cached=True)
+            reject_move(self._job, turn)
         elif operation is Rejectable.COMBINE:
             reject_combine(self._job, turn)
         # Low-latency calls are not here yet, so no rank waits in one.

@@ -1,9 +1,7 @@
-"""High-throughput dispatch: counts to everybody, then rows to their final places."""
+"""High-throughput dispatch: counts to everybody, then rows to their final outputs."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,27 +9,23 @@ import numpy as np
 from epcomm.arrays import ArrayView
 from epcomm.backends.agreement import DISPATCH, cached_dispatch_values, check_agreed, dispatch_values
 from epcomm.backends.cuda.job import Job
+from epcomm.backends.cuda.outputs import Outputs, Sizes
 from epcomm.backends.cuda.turn import CudaTurn
 from epcomm.backends.protocol import DispatchOutcome, DispatchRequest, LayoutOutcome
 from epcomm.errors import CapacityError, InputError, PeerError, RoutingError
 from epcomm.kernels import dispatch as kernel
-from epcomm.kernels.exchange import STATUS_COUNTS
+from epcomm.kernels.exchange import ANY_CAPACITY, STATUS_COUNTS
 from epcomm.kernels.layout import (
     MAX_LOCAL_EXPERTS,
     NO_BLOCK,
     NUM_AGREED,
     NUM_ENTRY_AGREED,
     REJECTED,
-    THROUGH_WINDOW,
-    UNIT,
-    MetadataLayout,
-    scales_offset,
 )
-from epcomm.memory import Block
 
 __all__ = ["ELSEWHERE", "contradiction", "dispatch", "dispatch_layout", "reject_exchange", "reject_move"]
 
-_BOOL, _INT32, _FLOAT32 = np.dtype(np.bool_), np.dtype(np.int32), np.dtype(np.float32)
+_BOOL, _INT32 = np.dtype(np.bool_), np.dtype(np.int32)
 _STATUS_REJECTED = 1
 ELSEWHERE = "an error there says why"
 
@@ -67,108 +61,12 @@ def dispatch_layout(job: Job, turn: CudaTurn, topk_idx: ArrayView, num_experts: 
     return LayoutOutcome(per_rank, None, per_expert, marks)
 
 
-@dataclass(slots=True)
-class _Sizes:
-    """What the kernels need to know of a request, apart from addresses."""
-
-    num_tokens: int
-    row_bytes: int
-    scale_bytes: int  # of one scale
-    num_scales: int
-    num_topk: int
-    index_bytes: int
-    has_weights: bool
-
-    @classmethod
-    def of(cls, request: DispatchRequest) -> _Sizes:
-        x, scales, topk_idx = request.x, request.scales, request.topk_idx
-        return cls(
-            num_tokens=x.shape[0],
-            row_bytes=x.shape[1] * x.dtype.itemsize,
-            scale_bytes=1 if scales is None else scales.dtype.itemsize,
-            num_scales=0 if scales is None else math.prod(scales.shape[1:]),
-            num_topk=0 if topk_idx is None else topk_idx.shape[1],
-            index_bytes=8 if topk_idx is None else topk_idx.dtype.itemsize,
-            has_weights=request.topk_weights is not None,
-        )
-
-    @property
-    def slot(self) -> kernel.Slot:
-        return kernel.slot(
-            self.row_bytes,
-            self.num_scales * self.scale_bytes,
-            self.num_topk * self.index_bytes,
-            self.num_topk * 4 if self.has_weights else 0,
-        )
-
-
-class _Places:
-    """Where a rank's outputs are: in the arena, where peers write them, or outside, filled through the window."""
-
-    def __init__(self, job: Job, turn: CudaTurn, sizes: _Sizes, num_rows: int, has_metadata: bool) -> None:
-        stream = turn.stream
-        self._scales = scales_offset(num_rows, sizes.row_bytes)
-        num_bytes = self._scales + num_rows * sizes.num_scales * sizes.scale_bytes
-        self._beside = MetadataLayout(num_rows, sizes.num_topk, sizes.index_bytes, sizes.has_weights)
-        rows = job.arena.allocate(num_bytes, stream)
-        metadata: Block | None = None
-        if has_metadata and rows is not None:
-            metadata = job.arena.allocate(self._beside.num_bytes, stream, high=True)
-        self.is_windowed = rows is None or (has_metadata and metadata is None)
-        if self.is_windowed:
-            rows = job.outputs.allocate(num_bytes, stream)
-            if has_metadata:
-                metadata = job.outputs.allocate(self._beside.num_bytes, stream)
-            self.offsets = (THROUGH_WINDOW, THROUGH_WINDOW)
-        else:
-            assert rows is not None
-            in_region = job.arena_offset // UNIT
-            self.offsets = (
-                in_region + rows.offset // UNIT,
-                NO_BLOCK if metadata is None else in_region + metadata.offset // UNIT,
-            )
-        assert rows is not None
-        self._rows, self._metadata, self._turn, self._sizes, self._num_rows = rows, metadata, turn, sizes, num_rows
-
-    @property
-    def addresses(self) -> tuple[int, int, int, int, int]:
-        """By field of the kernel: row, scales, topk_idx, topk_weights, source."""
-        rows, metadata = self._rows.ptr, 0 if self._metadata is None else self._metadata.ptr
-        if not metadata:
-            return (rows, rows + self._scales, 0, 0, 0)
-        beside = self._beside
-        return (rows, rows + self._scales, metadata + beside.topk_idx, metadata + beside.topk_weights, metadata)
-
-    def rows(self, like: ArrayView) -> ArrayView:
-        return self._turn.over(self._rows, 0, (self._num_rows, like.shape[1]), like.dtype)
-
-    def scales(self, like: ArrayView | None) -> ArrayView | None:
-        if like is None:
-            return None
-        return self._turn.over(self._rows, self._scales, (self._num_rows, *like.shape[1:]), like.dtype)
-
-    def topk_idx(self, like: ArrayView | None) -> ArrayView | None:
-        if like is None or self._metadata is None:
-            return None
-        return self._turn.over(self._metadata, self._beside.topk_idx, (self._num_rows, like.shape[1]), like.dtype)
-
-    def topk_weights(self, like: ArrayView | None) -> ArrayView | None:
-        if like is None or self._metadata is None:
-            return None
-        shape = (self._num_rows, like.shape[1])
-        return self._turn.over(self._metadata, self._beside.topk_weights, shape, _FLOAT32)
-
-    def src_idx(self, num_received: int) -> ArrayView:
-        assert self._metadata is not None
-        return self._turn.over(self._metadata, 0, (num_received,), _INT32)
-
-
 def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutcome:
     """Send every token once to each rank that owns one of its experts.
 
     Waits for the counts of all ranks, unless the request has a handle or `num_worst_tokens`.
     """
-    sizes = _Sizes.of(request)
+    sizes = Sizes.of(request)
     if request.handle is not None:
         return _cached(job, turn, request, sizes)
     num_local = request.num_experts // job.size
@@ -182,59 +80,53 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
             wanted="a call that does not: with num_worst_tokens, or with a handle",
         )
     job.window.cut(sizes.slot.num_bytes)  # raises before peers count on this rank
+    outputs = _outputs_in_advance(job, turn, sizes, worst)
     send_pos = turn.new((sizes.num_tokens, job.size), _INT32)
     prefix = turn.new((job.size, job.size), _INT32)
     turn.has_entered, job.is_in_step = True, False
-    tag = _exchange(job, turn, request, send_pos, prefix)
-    num_received, page = worst, job.page
-    experts: list[int] = []
+    capacity = ANY_CAPACITY if worst else 0 if outputs is None else outputs.num_rows
+    tag = _exchange(job, turn, request, send_pos, prefix, capacity)
+    if outputs is not None:
+        # In the wake of the exchange, which says whether it moves rows; meanwhile the host hears of the counts.
+        _move(job, turn, request, sizes, outputs, send_pos, prefix, tag, False)
+    num_sent, experts = None, []
     if not worst:
-        # From here to the launch the GPU is idle.
-        page.await_tag(tag, job.check_job)
-        if page.is_void:
-            job.is_in_step = True
-            _raise_answers(job)
-        num_received = page.num_received
-    try:
-        places = _Places(job, turn, sizes, num_received, True)
-    except Exception:  # no memory: the others are on their way, and must not wait for this rank
-        reject_move(job, turn, is_cached=False)
-        job.is_in_step = True
-        raise
-    _move(job, turn, request, sizes, places, send_pos, prefix, tag, False)
+        outputs = _await_counts(job, turn, request, sizes, outputs, send_pos, prefix, tag)
+        unit, num_sent = request.expert_alignment, job.page.num_sent
+        experts = [-(-count // unit) * unit for count in job.page.experts(num_local)]
+    assert outputs is not None
     job.is_in_step = True
-    if not worst:
-        unit = request.expert_alignment
-        experts = [-(-count // unit) * unit for count in page.experts(num_local)]
+    job.count(outputs.is_windowed, "dispatch")
     return DispatchOutcome(
-        recv_x=places.rows(request.x),
-        recv_scales=places.scales(request.scales),
-        recv_topk_idx=places.topk_idx(request.topk_idx),
-        recv_topk_weights=places.topk_weights(request.topk_weights),
+        recv_x=outputs.rows(request.x),
+        recv_scales=outputs.scales(request.scales),
+        recv_topk_idx=outputs.topk_idx(request.topk_idx),
+        recv_topk_weights=outputs.topk_weights(request.topk_weights),
         num_recv_tokens_per_expert=experts,
         rank_prefix_matrix=prefix,
-        recv_src_idx=places.src_idx(num_received),
+        recv_src_idx=outputs.src_idx(),
         is_token_in_rank=request.is_token_in_rank,
         forward_mask=None,
         forward_counts=None,
         dispatch_id=tag,
         num_dropped=0,  # with num_worst_tokens the page counts them
-        num_sent=None if worst else page.num_sent,
+        num_sent=num_sent,
         send_pos=send_pos,
     )
 
 
-def _cached(job: Job, turn: CudaTurn, request: DispatchRequest, sizes: _Sizes) -> DispatchOutcome:
+def _cached(job: Job, turn: CudaTurn, request: DispatchRequest, sizes: Sizes) -> DispatchOutcome:
     handle = request.handle
     assert handle is not None
     turn.pin(handle.send_pos, handle.rank_prefix_matrix)
     job.window.cut(sizes.slot.num_bytes)
-    places = _Places(job, turn, sizes, handle.num_rows, False)
+    outputs = Outputs(job, turn, sizes, handle.num_rows, False)
     turn.has_entered = True
-    _move(job, turn, request, sizes, places, handle.send_pos, handle.rank_prefix_matrix, handle.dispatch_id, True)
+    _move(job, turn, request, sizes, outputs, handle.send_pos, handle.rank_prefix_matrix, handle.dispatch_id, True)
+    job.count(outputs.is_windowed, "dispatch")
     return DispatchOutcome(
-        recv_x=places.rows(request.x),
-        recv_scales=places.scales(request.scales),
+        recv_x=outputs.rows(request.x),
+        recv_scales=outputs.scales(request.scales),
         recv_topk_idx=None,
         recv_topk_weights=None,
         num_recv_tokens_per_expert=[],
@@ -250,7 +142,48 @@ def _cached(job: Job, turn: CudaTurn, request: DispatchRequest, sizes: _Sizes) -
     )
 
 
-def _exchange(job: Job, turn: CudaTurn, request: DispatchRequest, send_pos: ArrayView, prefix: ArrayView) -> int:
+def _outputs_in_advance(job: Job, turn: CudaTurn, sizes: Sizes, num_worst_tokens: int) -> Outputs | None:
+    """Outputs for as many rows as there will be at most, or as there are likely to be, if the arena has room."""
+    if num_worst_tokens:
+        return Outputs(job, turn, sizes, num_worst_tokens, True)
+    return Outputs.in_arena(job, turn, sizes, job.forecast.rows) if job.forecast.rows else None
+
+
+def _await_counts(
+    job: Job,
+    turn: CudaTurn,
+    request: DispatchRequest,
+    sizes: Sizes,
+    outputs: Outputs | None,
+    send_pos: ArrayView,
+    prefix: ArrayView,
+    tag: int,
+) -> Outputs:
+    """Wait for the exchange; `outputs` if they will do, else others, and another move into them."""
+    page = job.page
+    page.await_tag(tag, job.check_job)
+    if page.is_void:
+        job.is_in_step = True
+        _raise_answers(job)
+    num_received = page.num_received
+    job.forecast.note(num_received)
+    if outputs is not None and page.has_room:
+        outputs.resize(num_received)
+        return outputs
+    # All ranks come here, or those without outputs do while the others move. From here to the launch the GPU is idle.
+    try:
+        outputs = Outputs(job, turn, sizes, num_received, True)
+    except Exception:  # no memory: the others are on their way, and must not wait for this rank
+        reject_move(job, turn)
+        job.is_in_step = True
+        raise
+    _move(job, turn, request, sizes, outputs, send_pos, prefix, tag, True)
+    return outputs
+
+
+def _exchange(
+    job: Job, turn: CudaTurn, request: DispatchRequest, send_pos: ArrayView, prefix: ArrayView, capacity: int
+) -> int:
     marks, per_rank, per_expert = request.is_token_in_rank, request.num_tokens_per_rank, request.num_tokens_per_expert
     agreed = dispatch_values(request)
     tag = job.next_tag()
@@ -266,7 +199,7 @@ def _exchange(job: Job, turn: CudaTurn, request: DispatchRequest, send_pos: Arra
         0,
         tag,
         not request.num_worst_tokens,
-        0,
+        capacity,
         *(value & 0xFFFFFFFF for value in agreed),
         *[0] * (NUM_AGREED - len(agreed)),
     )
@@ -277,17 +210,18 @@ def _move(
     job: Job,
     turn: CudaTurn,
     request: DispatchRequest,
-    sizes: _Sizes,
-    places: _Places,
+    sizes: Sizes,
+    outputs: Outputs,
     send_pos: Any,
     prefix: Any,
     dispatch_id: int,
-    is_cached: bool,
+    is_forced: bool,
 ) -> None:
+    """Launch the move. Unless it is forced, the last exchange says whether it moves anything."""
     scales, topk_idx, weights = request.scales, request.topk_idx, request.topk_weights
     blocks, slot = job.placement.blocks(request.num_sms), sizes.slot
     shape = kernel.shape(
-        sizes.row_bytes, job.launch.stage_memory, blocks * job.placement.ranks_on_gpu, places.is_windowed
+        sizes.row_bytes, job.launch.stage_memory, blocks * job.placement.ranks_on_gpu, outputs.is_windowed
     )
     strides = (0, 0) if scales is None else (scales.strides[0], scales.strides[1] if len(scales.strides) > 1 else 0)
     agreed = cached_dispatch_values(request, dispatch_id)
@@ -296,7 +230,7 @@ def _move(
         blocks,
         shape,
         *job.window.cut(slot.num_bytes),
-        *places.offsets,
+        *outputs.offsets,
         sizes.num_tokens,
         0,
         *agreed,
@@ -309,7 +243,7 @@ def _move(
         0 if weights is None else weights.ptr,
         send_pos.ptr,
         prefix.ptr,
-        *places.addresses,
+        *outputs.addresses,
         *shape.pieces,
         shape.pieces.piece_bytes,
         sizes.num_scales,
@@ -318,10 +252,9 @@ def _move(
         sizes.index_bytes,
         request.num_experts // job.size,
         request.num_worst_tokens,
-        is_cached,
+        is_forced,
         sizes.has_weights,
     )
-    job.count(places.is_windowed, "dispatch")
 
 
 def _raise_answers(job: Job) -> None:
@@ -360,7 +293,7 @@ def reject_exchange(job: Job, turn: CudaTurn, error: Exception) -> None:
     _rejection(job, job.page.status().tolist(), str(error) or repr(error))
 
 
-def reject_move(job: Job, turn: CudaTurn, is_cached: bool) -> None:
+def reject_move(job: Job, turn: CudaTurn) -> None:
     """Enter the move of a dispatch only to say that this rank cannot take part."""
     shape, slot = kernel.shape(16, job.launch.stage_memory, job.placement.ranks_on_gpu, False), kernel.slot(16, 0, 0, 0)
     job.launch.dispatch(
@@ -377,6 +310,6 @@ def reject_move(job: Job, turn: CudaTurn, is_cached: bool) -> None:
         shape.pieces.piece_bytes,
         *_NOTHING_BESIDE,
         0,
-        is_cached,
+        True,
         False,
     )

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 
+from epcomm.backends.cuda.forecast import Forecast
 from epcomm.backends.cuda.launcher import SCRATCH_BYTES, Launcher
 from epcomm.backends.cuda.page import HostPage
 from epcomm.backends.cuda.placement import Placement, agree_on_device, check_topology, default_num_sms
@@ -65,6 +66,7 @@ class Job:
         self.default_num_sms = default_num_sms(self.placement.num_sms, self.placement.ranks_on_gpu)
         self._share_memory(num_arena_bytes, timeout_s)
         self.window = Window(self.size)
+        self.forecast = Forecast()
         self.counters: Counter[str] = Counter(
             dict.fromkeys(("dispatch_in_arena", "dispatch_by_window", "combine_in_arena", "combine_by_window"), 0)
         )

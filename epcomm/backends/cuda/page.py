@@ -16,6 +16,7 @@ from epcomm.kernels.layout import HOST_PAGE, NUM_AGREED, NUM_ENTRY_AGREED, OPERA
 __all__ = ["HostPage"]
 
 _TIMEOUT, _POISONED, _ABORTED, _CONCURRENT, _BAD_OFFSET = 1, 2, 3, 4, 5
+_MOVE, _VOID = 0, 1
 _SPIN_S = 200e-6  # the exchange of ranks that are there takes less
 _SPIN_AS_THREAD_S = 20e-6  # the other ranks of the process need the interpreter lock to launch
 # What a rank adds to the GPU's bound before it stops waiting for its own GPU, which may be busy with other work.
@@ -96,7 +97,12 @@ class HostPage:
     @property
     def is_void(self) -> bool:
         """Whether the last exchange found that no row may move: `status` and `agreed` say why."""
-        return self._words[_VERDICT] != 0
+        return self._words[_VERDICT] == _VOID
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the last exchange found room on all ranks: the dispatch behind it moves their rows."""
+        return self._words[_VERDICT] == _MOVE
 
     @property
     def num_received(self) -> int:
