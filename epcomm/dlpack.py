@@ -16,6 +16,7 @@ code of NumPy or of the producer.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,7 +216,8 @@ def _tensor_of(capsule: Any, name: str) -> tuple[_DLTensor, int]:
     raise InputError(name, got=f"{capsule!r} from __dlpack__", wanted="an unused DLPack capsule")
 
 
-def compact_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)  # the same shapes come again and again
+def compact_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a row-major array without gaps."""
     strides, step = [], 1
     for extent in reversed(shape):

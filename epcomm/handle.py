@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,7 @@ class _Handle:
     framework: str
     stream: StreamRef | None
     _LEAVES: tuple[str, ...]
+    _has_travelled: ClassVar[bool] = False  # True in a handle that JAX has put together
 
     def _positions(self) -> tuple[Callable[[], Any], ...]:
         raise TypeError(f"{type(self).__name__} has no positions")
@@ -115,7 +116,9 @@ class _Handle:
 
     @classmethod
     def tree_unflatten(cls, static: tuple[tuple[str, Any], ...], leaves: tuple[Any, ...]) -> Self:
-        return cls(**dict(static), **dict(zip(cls._LEAVES, leaves, strict=True)))
+        handle = cls(**dict(static), **dict(zip(cls._LEAVES, leaves, strict=True)))
+        object.__setattr__(handle, "_has_travelled", True)
+        return handle
 
     def with_own_leaves(self, stream: int | None) -> Self:
         """The same handle with every leaf as the backend made it, after a trip through a JAX transformation.
@@ -123,6 +126,8 @@ class _Handle:
         Args:
             stream: the CUDA stream that is going to read the leaves; None on the host backend.
         """
+        if not self._has_travelled:
+            return self
         foreign = {
             name: leaf
             for name in self._LEAVES

@@ -52,6 +52,8 @@ class ArrayView:
     @property
     def contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
+        if self.strides == dlpack.compact_strides(self.shape):
+            return True
         step = 1
         for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if extent > 1 and stride != step:

@@ -7,10 +7,9 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from epcomm.backends import Rejectable, Turn
 from epcomm.bootstrap import Topology, as_communicator, discover, install_abort_hook
 from epcomm.buffer.arguments import numpy_dtype
 from epcomm.buffer.construction import agree_on_settings, make_backend
-from epcomm.config import Config, combine_config, dispatch_config, low_latency_size_hint
+from epcomm.buffer.tuning import Tuning
 from epcomm.errors import (
     BootstrapError,
     BufferBroken,
@@ -49,11 +48,25 @@ _COUNTERS = (
 )
 
 
-class BufferCore:
-    """The part of `epcomm.Buffer` that is not an operation."""
+class _Entry:
+    """One call of a Buffer, from its admission to its end. A class, because every call makes one."""
 
-    num_sms: ClassVar[int] = 20
-    _num_sms_chosen: ClassVar[bool] = False  # by set_num_sms
+    __slots__ = ("_buffer", "_device_before", "_operation")
+
+    def __init__(self, buffer: BufferCore, operation: str) -> None:
+        self._buffer, self._operation = buffer, operation
+
+    def __enter__(self) -> None:
+        self._device_before = self._buffer._enter(self._operation)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._buffer._leave(error, self._device_before)
+
+
+class BufferCore(Tuning):
+    """The part of `epcomm.Buffer` that is not an operation."""
 
     def __init__(
         self,
@@ -136,9 +149,11 @@ class BufferCore:
 
     # -- guard --------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _entered(self, operation: str) -> Iterator[None]:
+    def _entered(self, operation: str) -> _Entry:
         """Admit one call at a time of a usable Buffer; a timeout or an interrupt inside breaks it for good."""
+        return _Entry(self, operation)
+
+    def _enter(self, operation: str) -> int | None:
         if os.getpid() != self._pid:
             raise ForkedProcess(
                 operation,
@@ -162,17 +177,19 @@ class BufferCore:
                 failure = self._backend.news()
                 assert failure is not None
                 raise failure
-            before = self._backend.enter()
-            try:
-                yield
-            finally:
-                self._backend.leave(before)
+            return self._backend.enter()
         except BaseException as error:
-            breaks = isinstance(error, PeerTimeout | BootstrapError | KeyboardInterrupt) or self._backend.interrupted()
-            if breaks and self._broken is None:
+            self._leave(error)
+            raise
+
+    def _leave(self, error: BaseException | None, device_before: int | None = None) -> None:
+        try:
+            self._backend.leave(device_before)
+            if error is None or self._broken is not None:
+                return
+            if isinstance(error, PeerTimeout | BootstrapError | KeyboardInterrupt) or self._backend.interrupted():
                 self._broken = error
                 self._backend.abandon()
-            raise
         finally:
             self._entry.release()
 
@@ -200,17 +217,6 @@ class BufferCore:
             if operation is not None:
                 self._backend.reject(self._backend.turn(None, None, None, False), operation, error)
             raise
-
-    def _num_sms(self, config: Any) -> int:
-        """SMs of an operation with this config; None for the default one.
-
-        The tables' own number, which nobody has chosen, gives way to an equal part of a GPU that ranks share.
-        """
-        wanted: int = config.num_sms if isinstance(config, Config) else BufferCore.num_sms
-        if BufferCore._num_sms_chosen or wanted != BufferCore.num_sms:
-            return self._backend.num_sms(wanted)
-        default = self._backend.num_sms(None)
-        return min(wanted, default) if isinstance(config, Config) else default
 
     # -- inspection ---------------------------------------------------------------------------------------------
 
@@ -280,12 +286,16 @@ class BufferCore:
             self._backend.record_stream(import_array(x, "x"), stream)
 
     def get_comm_stream(self) -> Any:
-        """The communication stream, of torch if the program has imported it, else of CuPy; None on the host backend."""
+        """The communication stream, of torch if the program has imported one for GPUs, else of CuPy; None on the host
+        backend."""
         stream = self._backend.comm_stream()
         if stream is None:
             return None
         torch = sys.modules.get("torch")
-        return stream.keep if torch is None else torch.cuda.ExternalStream(stream.ptr)
+        keeper: Any = stream.keep
+        if torch is None or not torch.cuda.is_available():
+            return keeper
+        return torch.cuda.ExternalStream(stream.ptr, device=keeper.device_id)
 
     def get_local_buffer_tensor(
         self, dtype: Any, size: Any = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -322,44 +332,6 @@ class BufferCore:
                 return export_any(arena, "cupy" if framework == "numpy" else framework, None)
             region = self._local_buffers.setdefault(use_rdma_buffer, empty((num_bytes,), np.uint8, fill=0))
             return export_array(region[offset : offset + wanted].view(element).reshape(shape), framework)
-
-    # -- configuration ------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def is_sm90_compiled() -> bool:
-        """Whether kernels may use SM90 features. True: they are compiled at run time for the GPU that is there."""
-        return True
-
-    @classmethod
-    def set_num_sms(cls, new_num_sms: int) -> None:
-        """Set how many SMs high-throughput operations use by default, for all Buffers of this process.
-
-        Any number from 1; ranks may differ. Without this call, and without a `Config`, a CUDA operation takes an equal
-        part of a GPU that ranks share, at most 24 SMs. The host backend has no use for it.
-
-        Raises:
-            ShapeError: below 1.
-        """
-        if not isinstance(new_num_sms, int) or new_num_sms < 1:
-            raise ShapeError("new_num_sms", got=repr(new_num_sms), wanted="an integer of at least 1")
-        BufferCore.num_sms, BufferCore._num_sms_chosen = new_num_sms, True
-
-    @staticmethod
-    def get_dispatch_config(num_ranks: int) -> Config:
-        """Recommended `Config` of dispatch for a number of ranks, with the current `num_sms`."""
-        return dispatch_config(num_ranks, BufferCore.num_sms)
-
-    @staticmethod
-    def get_combine_config(num_ranks: int) -> Config:
-        """Recommended `Config` of combine for a number of ranks, with the current `num_sms`."""
-        return combine_config(num_ranks, BufferCore.num_sms)
-
-    @staticmethod
-    def get_low_latency_rdma_size_hint(
-        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
-    ) -> int:
-        """Bytes to pass as `num_rdma_bytes` of a low-latency Buffer; `config.low_latency_size_hint` has the formula."""
-        return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     @staticmethod
     def capture() -> EventOverlap:

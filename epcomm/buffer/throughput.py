@@ -46,8 +46,9 @@ class ThroughputOperations(BufferCore):
                 result may be used in streams that have waited for the event.
             allocate_on_comm_stream: accepted as in DeepEP: memory is never reused before the streams that are known to
                 use it are done with it, whoever allocates it.
-            stream: on CUDA, the stream in whose order the call runs: a raw handle, an object with ``__cuda_stream__``,
-                a CuPy or torch stream. By default the current stream of the input's framework; JAX has none, so its
+            stream: on CUDA, the stream in whose order the call runs: a raw handle (of a stream that outlives the
+                Buffer and its results, since nothing keeps it), an object with ``__cuda_stream__``, a CuPy or torch
+                stream. By default the current stream of the input's framework; JAX has none, so its
                 calls run in the Buffer's own stream, and DLPack orders its arrays.
 
         Returns:
@@ -177,7 +178,26 @@ class ThroughputOperations(BufferCore):
         self._counters["rows_received"] += outcome.recv_src_idx.shape[0]
         if outcome.num_dropped:
             self._record_dropped(outcome.num_dropped, request.num_worst_tokens)
-        handle = request.handle or DispatchHandle(
+        handle = request.handle
+        if handle is None:
+            handle = self._dispatch_handle(turn, request, outcome, framework)
+        recv_x = turn.export(outcome.recv_x, framework)
+        if outcome.recv_scales is not None:
+            recv_x = (recv_x, turn.export(outcome.recv_scales, framework))
+        topk_idx, topk_weights = outcome.recv_topk_idx, outcome.recv_topk_weights
+        return DispatchResult(
+            recv_x,
+            None if topk_idx is None else turn.export(topk_idx, framework),
+            None if topk_weights is None else turn.export(topk_weights, framework),
+            outcome.num_recv_tokens_per_expert,
+            handle,
+            event,
+        )
+
+    def _dispatch_handle(
+        self, turn: Turn, request: DispatchRequest, outcome: DispatchOutcome, framework: str
+    ) -> DispatchHandle:
+        return DispatchHandle(
             is_token_in_rank=outcome.is_token_in_rank,
             rank_prefix_matrix=outcome.rank_prefix_matrix,
             recv_src_idx=outcome.recv_src_idx,
@@ -196,18 +216,6 @@ class ThroughputOperations(BufferCore):
             framework=framework,
             send_pos=outcome.send_pos,
             stream=turn.ref,
-        )
-        recv_x = turn.export(outcome.recv_x, framework)
-        if outcome.recv_scales is not None:
-            recv_x = (recv_x, turn.export(outcome.recv_scales, framework))
-        topk_idx, topk_weights = outcome.recv_topk_idx, outcome.recv_topk_weights
-        return DispatchResult(
-            recv_x,
-            None if topk_idx is None else turn.export(topk_idx, framework),
-            None if topk_weights is None else turn.export(topk_weights, framework),
-            outcome.num_recv_tokens_per_expert,
-            handle,
-            event,
         )
 
     def combine(

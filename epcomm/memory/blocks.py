@@ -113,7 +113,9 @@ class BlockPool:
         if num_bytes >= GRANULE:
             self._add_region(base, num_bytes)
 
-    def allocate(self, num_bytes: int, stream: int, *, high: bool = False) -> Block | None:
+    def allocate(
+        self, num_bytes: int, stream: int, *, high: bool = False, is_captured: bool | None = None
+    ) -> Block | None:
         """A block for work in `stream`, None if there is no room. Not collective.
 
         `stream` waits (on the GPU) for what may still use the memory. Preferred are a block of the same size whose only
@@ -125,11 +127,13 @@ class BlockPool:
             num_bytes: 0 is a block of its own, too.
             stream: raw handle of the stream whose work uses the memory first.
             high: take from the upper end: small blocks that live long, out of the way of large ones.
+            is_captured: whether `stream` is under capture; None: the pool asks.
         """
         if self._is_closed:
             return None
         size = -(-num_bytes // GRANULE) * GRANULE or GRANULE
-        is_captured = self._timeline.is_capturing(stream)
+        if is_captured is None:
+            is_captured = self._timeline.is_capturing(stream)
         if self._released or self._unrecorded or self._under_way:
             self._drain(is_captured)
         warm = None if is_captured else self._warm.get((size, stream))

@@ -49,16 +49,16 @@ class LocalPool(BlockPool):
         self._allocate_slab = allocate_slab or (lambda size: DeviceMemory.allocate(size, device, shareable=False))
         self._slabs: list[_Memory] = []
 
-    def allocate(self, num_bytes: int, stream: int, *, high: bool = False) -> Block:
+    def allocate(self, num_bytes: int, stream: int, *, high: bool = False, is_captured: bool | None = None) -> Block:
         """As `BlockPool.allocate`, but it grows the pool where there is no room.
 
         Raises:
             CapacityError: out of device memory, or the pool is closed.
         """
-        block = super().allocate(num_bytes, stream, high=high)
+        block = super().allocate(num_bytes, stream, high=high, is_captured=is_captured)
         if block is None:
             self._grow(num_bytes)
-            block = super().allocate(num_bytes, stream, high=high)
+            block = super().allocate(num_bytes, stream, high=high, is_captured=is_captured)
             assert block is not None
         return block
 

@@ -262,6 +262,9 @@ def test_an_unaligned_bias(comm, buffer):
     error = error_of(lambda: call(scene, "combine", {"bias": bias} if comm.rank else None))
     if comm.rank:
         assert_explains(error, LayoutError, "^bias: got memory 2 bytes past a multiple of 16")
+    CUPY.synchronize()
+    news = error_of(buffer.check)
+    assert (type(news) is PeerError) == (comm.rank == 0), repr(news)
     moe.assert_works(buffer)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +162,9 @@ def test_capture_and_a_previous_event(buffer):
         checks.assert_dispatched(buffer, inputs, cached, is_cached=True)
 
 
+_kept: list[Any] = []  # streams that outlive their Buffers, as those of raw handles must
+
+
 @two_ranks
 @pytest.mark.parametrize("form", ["object", "handle", "protocol"])
 def test_stream_argument(buffer, form):
@@ -168,6 +172,8 @@ def test_stream_argument(buffer, form):
     inputs = LARGE.inputs(2)
     rank = buffer.rank
     stream = cupy.cuda.Stream(non_blocking=True)
+    if form == "handle":
+        _kept.append(stream)
     given = {"object": stream, "handle": stream.ptr, "protocol": _Protocol(stream)}[form]
     x = CUPY.up(inputs.x[rank])
     late = blank(inputs.x[rank])

@@ -79,7 +79,7 @@ class CudaBackend:
             return dispatch(self._job, turn, request)
         except Exception as error:
             if not turn.has_entered:
-                self.reject(turn, Rejectable.CACHED_DISPATCH if request.handle else Rejectable.DISPATCH, error)
+                self.reject(turn, _operation(request), error)
             raise
 
     def combine(self, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
@@ -111,7 +111,7 @@ class CudaBackend:
 
     def combine_buffer(self, turn: CudaTurn, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> ArrayView:
         num_bytes = num_rows * hidden * dtype.itemsize
-        block: Block | None = self._job.arena.allocate(num_bytes, turn.stream)
+        block: Block | None = self._job.arena.allocate(num_bytes, turn.stream, is_captured=turn.is_captured)
         if block is None:
             return turn.new((num_rows, hidden), dtype)  # combine takes its rows through the window
         return turn.over(block, 0, (num_rows, hidden), dtype)
@@ -209,6 +209,10 @@ class _Arena:
 
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
+
+
+def _operation(request: DispatchRequest) -> Rejectable:
+    return Rejectable.DISPATCH if request.handle is None else Rejectable.CACHED_DISPATCH
 
 
 def _disagreement(what: str, names: Sequence[str], values: list[list[int]]) -> EpcommError:

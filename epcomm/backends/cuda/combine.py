@@ -89,7 +89,7 @@ def _offset_in_arena(job: Job, turn: CudaTurn, array: ArrayView, copies: list[Bl
     offset = job.offset_of(array.ptr, num_bytes)
     if offset is not None:
         return offset
-    block = job.arena.allocate(num_bytes, turn.stream, high=True)
+    block = job.arena.allocate(num_bytes, turn.stream, high=True, is_captured=turn.is_captured)
     if block is None:
         return None
     copies.append(block)

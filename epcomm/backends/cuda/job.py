@@ -73,7 +73,7 @@ class Job:
         self._has_warned = False
         self.is_in_step = True  # False between an exchange and the move behind it, where peers count on this rank
         self._num_exchanges = 0
-        self._blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+        self._blocks: dict[int, weakref.ref[Block]] = {}  # by address, of blocks that are gone, too
         self._arena_views: weakref.WeakSet[object] = weakref.WeakSet()
         self._is_closed = False
         comm.barrier()
@@ -131,12 +131,15 @@ class Job:
 
     def note(self, block: Block) -> None:
         """`block` was handed to the user, who may name it by an address."""
-        self._blocks[block.ptr] = block
+        blocks = self._blocks
+        blocks[block.ptr] = weakref.ref(block)
+        if len(blocks) > _MANY_BLOCKS:
+            self._blocks = {ptr: reference for ptr, reference in blocks.items() if reference() is not None}
 
     def note_reader(self, ptr: int, stream: int, keep: object) -> None:
         """`stream` uses the block around `ptr`, if that is one."""
-        for block in list(self._blocks.values()):
-            if block.ptr <= ptr < block.ptr + max(block.num_bytes, 1):
+        for block in [reference() for reference in self._blocks.values()]:
+            if block is not None and block.ptr <= ptr < block.ptr + max(block.num_bytes, 1):
                 block.note_reader(stream, keep)
 
     def note_arena_view(self, owner: object) -> None:
@@ -189,3 +192,4 @@ class Job:
 
 
 _dropped: list[Job] = []
+_MANY_BLOCKS = 4096

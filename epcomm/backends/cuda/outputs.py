@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Self
@@ -77,8 +78,9 @@ class Outputs:
             return
         self.is_windowed = True
         self.offsets = (THROUGH_WINDOW, THROUGH_WINDOW)
-        self._rows = job.outputs.allocate(self._num_bytes, turn.stream)
-        self._metadata = job.outputs.allocate(self._beside.num_bytes, turn.stream) if has_metadata else None
+        allocate = functools.partial(job.outputs.allocate, stream=turn.stream, is_captured=turn.is_captured)
+        self._rows = allocate(self._num_bytes)
+        self._metadata = allocate(self._beside.num_bytes) if has_metadata else None
 
     @classmethod
     def in_arena(cls, job: Job, turn: CudaTurn, sizes: Sizes, num_rows: int) -> Self | None:
@@ -101,11 +103,12 @@ class Outputs:
 
     def _allocate_in_arena(self, job: Job, has_metadata: bool) -> bool:
         """Take both blocks, or none."""
-        arena, stream = job.arena, self._turn.stream
-        rows = arena.allocate(self._num_bytes, stream)
+        turn = self._turn
+        allocate = functools.partial(job.arena.allocate, stream=turn.stream, is_captured=turn.is_captured)
+        rows = allocate(self._num_bytes)
         if rows is None:
             return False
-        metadata = arena.allocate(self._beside.num_bytes, stream, high=True) if has_metadata else None
+        metadata = allocate(self._beside.num_bytes, high=True) if has_metadata else None
         if has_metadata and metadata is None:
             return False
         self.is_windowed = False

@@ -141,17 +141,18 @@ class Streams:
         """Whether `stream` is being captured into a graph."""
         return bool(self._runtime.streamIsCapturing(stream or LEGACY))
 
-    def enter(self, run: int, keep: object) -> None:
-        """The next operation runs in `run`: after the last one, wherever that ran."""
+    def enter(self, run: int, keep: object) -> bool:
+        """The next operation runs in `run`: after the last one, wherever that ran. Whether `run` is under capture."""
         if self.is_capturing(run):
             # A graph knows only of its own work: eager calls before it, and replays, are the caller's to order.
             if self._last_captured not in (None, run) and self.is_capturing(self._last_captured or 0):
                 order(self._last_captured or 0, run, self._device)
             self._last_captured, self._captured_keep = run, keep
-            return
+            return True
         if self._last != run:
             order(self._last, run, self._device)
         self._last, self._last_keep = run, keep
+        return False
 
     def runs_in_own(self, callers: int | None, async_finish: bool) -> bool:
         """Whether an operation runs in the Buffer's own stream."""

@@ -51,8 +51,7 @@ class CudaTurn:
             self.stream = self._callers
         self.ref = StreamRef(self.stream, streams.keeper if self.stream == streams.own else keep)
         self._wait_for(previous_event)
-        streams.enter(self.stream, keep)
-        self.is_captured = streams.is_capturing(self.stream)
+        self.is_captured = streams.enter(self.stream, keep)
         self.has_entered = False  # peers know of this call
         self._blocks: list[Block] = []
 
@@ -108,7 +107,7 @@ class CudaTurn:
         num_bytes = dtype.itemsize
         for extent in shape:
             num_bytes *= extent
-        block = self._job.outputs.allocate(num_bytes, self.stream)
+        block = self._job.outputs.allocate(num_bytes, self.stream, is_captured=self.is_captured)
         return self.over(block, 0, shape, dtype)
 
     def over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
