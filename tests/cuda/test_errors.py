@@ -32,6 +32,7 @@ from helpers.mistakes import DISAGREEMENTS, MISTAKES
 
 from epcomm import Buffer, Config
 from epcomm.errors import (
+    BootstrapError,
     CapacityError,
     DeviceError,
     DtypeError,
@@ -348,6 +349,50 @@ def test_the_handle_of_another_buffer_on_one_rank(comm, buffer, operation):
             assert type(news) is PeerError
         moe.assert_works(buffer)
         moe.assert_works(other)
+
+
+def _out_of_memory(*_: object, **__: object) -> None:
+    raise CapacityError("out of device memory", got="none left", wanted="some")
+
+
+@pytest.mark.ranks((2, 3))
+@pytest.mark.parametrize("when", ["before_the_counts", "after_the_counts", "cached_dispatch", "combine"])
+def test_a_rank_without_memory(comm, when):
+    """It tells the others, and the Buffer works as soon as there is memory."""
+    with make_buffer(comm, 0) as buffer, pytest.MonkeyPatch.context() as patch:
+        operation = when if when in ("cached_dispatch", "combine") else "dispatch"
+        scene = set_scene(buffer, operation)
+        if comm.rank == 1:
+            if when == "after_the_counts":
+                patch.setattr("epcomm.backends.cuda.dispatch.Outputs", _out_of_memory)
+            else:
+                patch.setattr("epcomm.memory.LocalPool.allocate", _out_of_memory)
+        error = error_of(lambda: call(scene, operation))
+        patch.undo()
+        CUPY.synchronize()
+        news = error_of(buffer.check)
+        if comm.rank == 1:
+            assert type(error) is CapacityError, repr(error)
+            assert news is None, repr(news)
+        else:
+            hears_in_the_call = when == "before_the_counts"
+            assert type(error) is (PeerError if hears_in_the_call else type(None)), repr(error)
+            assert type(news) is (type(None) if hears_in_the_call else PeerError), repr(news)
+        moe.assert_works(buffer)
+
+
+@pytest.mark.ranks((2, 3))
+def test_a_rank_that_cannot_load_the_kernels(comm):
+    with pytest.MonkeyPatch.context() as patch:
+        if comm.rank == 1:
+            patch.setattr("epcomm.backends.cuda.job.Launcher", _out_of_memory)
+        error = error_of(lambda: make_buffer(comm))
+    if comm.rank == 1:
+        assert type(error) is CapacityError, repr(error)
+    else:
+        assert_explains(error, BootstrapError, "^Buffer: got on rank 1: CapacityError: out of device memory")
+    with make_buffer(comm) as buffer:
+        moe.assert_works(buffer)
 
 
 class Mute:
