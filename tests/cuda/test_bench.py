@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.examples import import_path
 from helpers.gpu import need_gpu
 
 cupy = need_gpu()
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--tokens=96", "--hidden=512", "--experts=16", "--topk=4", "--repeats=4"]
 
 
@@ -25,7 +24,7 @@ def epcomm(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=240,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": import_path()},
     )
 
 
@@ -69,7 +68,7 @@ def test_one_wrong_bit_ends_it():
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert done.returncode == 1
     assert done.stdout == ""
@@ -92,6 +91,6 @@ def test_demo_takes_the_gpu_by_itself():
         text=True,
         timeout=120,
         check=False,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": import_path()},
     )
     assert "backend  cuda (CuPy on " in done.stdout, done.stdout + done.stderr

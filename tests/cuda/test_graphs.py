@@ -10,7 +10,7 @@ from helpers import checks, moe
 from helpers.calls import TIMEOUT_S, error_of
 from helpers.cases import FP8, Case, Inputs, row_major_scales
 from helpers.frames import CUPY, TORCH, assign, down, up_all
-from helpers.gpu import has_gpu, need_gpu
+from helpers.gpu import emulated, has_gpu, need_gpu
 from numpy.typing import NDArray
 
 from epcomm import Buffer, reference
@@ -20,7 +20,7 @@ from epcomm.testing import assert_bitwise
 cupy = need_gpu()
 pytestmark = pytest.mark.gpu
 
-NUM_REPLAYS = 100
+NUM_REPLAYS = 10 if emulated() else 100
 TOKENS = (13, 7, 16, 0)
 BF16_CASE = Case("bf16", tokens=TOKENS, hidden=264, num_topk=3)
 FP8_CASE = Case("fp8", tokens=TOKENS, hidden=128, dtype=FP8, scales=row_major_scales)

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers.gpu import not_emulated
 from helpers.nvrtc import compile_cubin, needs_nvrtc
 
 from epcomm.errors import CapacityError, CompileError
@@ -105,6 +106,7 @@ def test_a_fresh_thread_loads_and_launches(cubin):
     assert results == [[3] * 32] * 4
 
 
+@not_emulated("a launch takes as long as it takes")
 def test_cost_of_a_launch(cubin):
     nothing = Kernel(cubin, "nothing", 0)
     stream = cupy.cuda.Stream(non_blocking=True)

@@ -28,6 +28,11 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 placing_cases = pytest.mark.parametrize("case", PLACING_CASES, ids=lambda case: case.name)
 
 
+def fitting_sms(num_sms: int, num_ranks: int) -> int:
+    """`num_sms`, or as many as every rank of this GPU can have."""
+    return min(num_sms, cupy.cuda.Device().attributes["MultiProcessorCount"] // num_ranks)
+
+
 def make_buffer(comm=None, num_nvl_bytes: int = ARENA_BYTES) -> Buffer:
     return Buffer(comm, num_nvl_bytes, backend="cuda", timeout_s=TIMEOUT_S)
 
@@ -145,7 +150,7 @@ def test_1024_experts_on_a_rank(buffer, num_ranks):
 def test_any_number_of_sms(buffer, buffer_without_arena, comm, num_ranks, num_sms):
     """As many blocks as are asked for, ranks may differ, and nobody waits for a block that is not there."""
     default = Buffer.get_dispatch_config(num_ranks)
-    own = Config(max(1, num_sms - comm.rank % 3), *default.values()[1:])
+    own = Config(max(1, fitting_sms(num_sms, num_ranks) - comm.rank % 3), *default.values()[1:])
     inputs = Case("sms", tokens=(90, 0, 33), hidden=520, num_biases=1).inputs(num_ranks)
     for one in (buffer, buffer_without_arena):
         _, result = checks.dispatch(one, inputs, config=own)
@@ -170,7 +175,7 @@ def test_many_rounds(comm, num_ranks, num_sms, monkeypatch):
     """A window of 20 to 100 rows for each peer, twice; outputs of all ranks, or of some, go through it."""
     shrink_window(monkeypatch, 32768 * num_ranks)
     default = Buffer.get_dispatch_config(num_ranks)
-    config = Config(num_sms, *default.values()[1:])
+    config = Config(fitting_sms(num_sms, num_ranks), *default.values()[1:])
     for num_nvl_bytes in (0, 64 << 10):
         with make_buffer(comm, num_nvl_bytes) as buffer:
             for case in ROUNDS.values():

@@ -33,6 +33,11 @@ def examples(*, frameworks: bool) -> list[Path]:
     ]
 
 
+def import_path() -> str:
+    """For programs that are to import what this process imports, the stand-ins of tests/emulator among it."""
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+
 def run_alone(path: Path, *, broken: bool = False) -> subprocess.CompletedProcess[str]:
     """Run an example on one rank, without a launcher."""
     return subprocess.run(
@@ -41,5 +46,5 @@ def run_alone(path: Path, *, broken: bool = False) -> subprocess.CompletedProces
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1"},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from epcomm.bootstrap import mps
 
-__all__ = ["MpsService", "busy", "has_gpu", "need_gpu"]
+__all__ = ["MpsService", "busy", "emulated", "has_gpu", "need_gpu", "not_emulated"]
 
 
 def need_gpu() -> Any:
@@ -23,6 +24,16 @@ def need_gpu() -> Any:
     if not cupy.cuda.is_available():
         pytest.skip("no GPU", allow_module_level=True)
     return cupy
+
+
+def emulated() -> bool:
+    """Whether the GPU is that of tests/emulator, whose kernels run on the CPU: times mean nothing."""
+    return bool(getattr(sys.modules.get("cupy"), "is_emulated", False))
+
+
+def not_emulated(reason: str) -> Any:
+    """Marks a test that only a real GPU can pass."""
+    return pytest.mark.skipif(emulated(), reason=f"the GPU is emulated: {reason}")
 
 
 def has_gpu(framework: str) -> bool:
