@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from epcomm.arrays import ArrayView, StreamRef
-from epcomm.backends.agreement import CACHED_DISPATCH, COMBINE, DISPATCH, check_agreed
+from epcomm.backends.agreement import (
+    CACHED_DISPATCH,
+    COMBINE,
+    DISPATCH,
+    LOW_LATENCY_COMBINE,
+    LOW_LATENCY_DISPATCH,
+    check_agreed,
+)
+from epcomm.backends.cuda import low_latency
 from epcomm.backends.cuda.combine import combine, reject_combine
 from epcomm.backends.cuda.dispatch import (
     ELSEWHERE,
@@ -20,7 +29,7 @@ from epcomm.backends.cuda.dispatch import (
     reject_exchange,
     reject_move,
 )
-from epcomm.backends.cuda.job import Job
+from epcomm.backends.cuda.job import Job, Settings
 from epcomm.backends.cuda.turn import CudaTurn, output
 from epcomm.backends.protocol import (
     CombineOutcome,
@@ -34,12 +43,22 @@ from epcomm.backends.protocol import (
     Rejectable,
 )
 from epcomm.bootstrap import Communicator, Topology
-from epcomm.errors import CapacityError, EpcommError, PeerError, UnsupportedOption
+from epcomm.errors import CapacityError, EpcommError, PeerError, RingFull, UnsupportedOption
 from epcomm.event import EventOverlap
 from epcomm.kernels.exchange import STATUS_COUNTS
+from epcomm.kernels.layout import UNIT, round_up
 from epcomm.memory import Block
+from epcomm.numerics import BFLOAT16
 
 __all__ = ["CudaBackend"]
+
+# What the entries of a call without exchange agree on.
+_NAMES = {
+    "dispatch": CACHED_DISPATCH,
+    "combine": COMBINE,
+    "low_latency_dispatch": LOW_LATENCY_DISPATCH,
+    "low_latency_combine": LOW_LATENCY_COMBINE,
+}
 
 
 class CudaBackend:
@@ -50,10 +69,8 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(
-        self, comm: Communicator, topology: Topology, num_arena_bytes: int, timeout_s: float, device: int | None
-    ) -> None:
-        self._job = Job(comm, topology, num_arena_bytes, timeout_s, device)
+    def __init__(self, comm: Communicator, topology: Topology, settings: Settings) -> None:
+        self._job = Job(comm, topology, settings)
         self._num_dropped = 0
 
     def enter(self) -> int | None:
@@ -75,28 +92,22 @@ class CudaBackend:
         return dispatch_layout(self._job, turn, topk_idx, num_experts)
 
     def dispatch(self, turn: CudaTurn, request: DispatchRequest) -> DispatchOutcome:
-        try:
+        with self._rejecting(turn, Rejectable.CACHED_DISPATCH if request.handle else Rejectable.DISPATCH):
             return dispatch(self._job, turn, request)
-        except Exception as error:
-            if not turn.has_entered:
-                self.reject(turn, Rejectable.CACHED_DISPATCH if request.handle else Rejectable.DISPATCH, error)
-            raise
 
     def combine(self, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
-        try:
+        with self._rejecting(turn, Rejectable.COMBINE):
             return combine(self._job, turn, request)
-        except Exception as error:
-            if not turn.has_entered:
-                self.reject(turn, Rejectable.COMBINE, error)
-            raise
 
     def low_latency_dispatch(
         self, turn: CudaTurn, request: LowLatencyDispatchRequest
-    ) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
-        _no_low_latency("low_latency_dispatch")
+    ) -> tuple[LowLatencyDispatchOutcome, Callable[[CudaTurn], None]]:
+        with self._rejecting(turn, Rejectable.LOW_LATENCY_DISPATCH):
+            return low_latency.dispatch(self._job, turn, request)
 
-    def low_latency_combine(self, turn: CudaTurn, request: LowLatencyCombineRequest) -> Callable[[], None]:
-        _no_low_latency("low_latency_combine")
+    def low_latency_combine(self, turn: CudaTurn, request: LowLatencyCombineRequest) -> Callable[[CudaTurn], None]:
+        with self._rejecting(turn, Rejectable.LOW_LATENCY_COMBINE):
+            return low_latency.combine(self._job, turn, request)
 
     def reject(self, turn: CudaTurn, operation: Rejectable, error: Exception) -> None:
         if turn.is_captured:
@@ -107,7 +118,24 @@ class CudaBackend:
             reject_move(self._job, turn)
         elif operation is Rejectable.COMBINE:
             reject_combine(self._job, turn)
-        # Low-latency calls are not here yet, so no rank waits in one.
+        elif self._job.has_low_latency:  # else all ranks raise the same error
+            reject_low_latency = {
+                Rejectable.LOW_LATENCY_DISPATCH: low_latency.reject_dispatch,
+                Rejectable.LOW_LATENCY_COMBINE: low_latency.reject_combine,
+            }
+            reject_low_latency[operation](self._job, turn)
+
+    @contextlib.contextmanager
+    def _rejecting(self, turn: CudaTurn, operation: Rejectable) -> Iterator[None]:
+        """An error before peers count on this call is told to them; but all ranks have used up their slots alike."""
+        try:
+            yield
+        except RingFull:
+            raise
+        except Exception as error:
+            if not turn.has_entered:
+                self.reject(turn, operation, error)
+            raise
 
     def combine_buffer(self, turn: CudaTurn, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> ArrayView:
         num_bytes = num_rows * hidden * dtype.itemsize
@@ -116,8 +144,14 @@ class CudaBackend:
             return turn.new((num_rows, hidden), dtype)  # combine takes its rows through the window
         return turn.over(block, 0, (num_rows, hidden), dtype)
 
-    def low_latency_combine_buffer(self, shape: tuple[int, int, int]) -> ArrayView:
-        _no_low_latency("get_next_low_latency_combine_buffer")
+    def low_latency_combine_buffer(self, turn: CudaTurn, shape: tuple[int, int, int]) -> ArrayView:
+        job = self._job
+        ptr = job.low_latency.combine_buffer(
+            turn.stream, turn.is_captured, round_up(math.prod(shape) * BFLOAT16.itemsize, UNIT)
+        )
+        owner = _Arena(ptr)
+        job.note_arena_view(owner)
+        return output(owner, 0, shape, BFLOAT16, job.device)
 
     def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
         job = self._job
@@ -135,14 +169,14 @@ class CudaBackend:
         """All ranks reach this point of their streams. Collective; does not block the host."""
         self._job.launch.barrier(turn.stream)
 
-    def mask(self, rank: int) -> None:
-        _no_low_latency("low_latency_update_mask_buffer")
+    def mask(self, turn: CudaTurn, rank: int) -> None:
+        self._job.low_latency.launch.service(turn.stream, mask=1 << rank)
 
-    def masks(self) -> NDArray[np.bool_]:
-        return np.zeros(self._job.size, np.bool_)
+    def query_masks(self, turn: CudaTurn, out: ArrayView) -> None:
+        self._job.low_latency.launch.service(turn.stream, out=out.ptr)
 
     def unmask(self, ranks: list[int]) -> None:
-        _no_low_latency("low_latency_clean_mask_buffer")
+        raise NotImplementedError
 
     def stats(self) -> dict[str, int]:
         counters: Counter[str] = self._job.counters
@@ -163,7 +197,7 @@ class CudaBackend:
             return self._why_void(*void)
         if mismatch is not None:
             operation, values = mismatch
-            names = COMBINE if operation == "combine" else CACHED_DISPATCH
+            names = _NAMES[operation]
             return _disagreement(f"an earlier {operation}, of which no row was moved", names, values)
         if page.dropped != self._num_dropped:
             dropped, self._num_dropped = page.dropped - self._num_dropped, page.dropped
@@ -218,9 +252,3 @@ def _disagreement(what: str, names: Sequence[str], values: list[list[int]]) -> E
     except EpcommError as error:
         return error
     raise AssertionError(f"{what}: equal values {values}")
-
-
-def _no_low_latency(what: str) -> NoReturn:
-    raise UnsupportedOption(
-        what, got="backend='cuda'", wanted="the host backend, so far", do="pass backend='host' for low latency"
-    )
