@@ -294,6 +294,7 @@ __device__ inline void write_counts(const LowLatencyDispatchArgs& args, uint32_t
         pointer<int32_t>(args.recv_count)[expert] = count;
         if (args.expert_stats != 0) pointer<int32_t>(args.expert_stats)[expert] += count;
     }
+    if (__popc(present) == num_ranks) return;
     // What went to a rank that is not there does not come back.
     for (int i = threadIdx.x; i < args.num_tokens * args.num_topk; i += kThreads) {
         const int expert = choice_at(args, i);

@@ -56,7 +56,7 @@ class CudaTurn:
         self.is_captured = streams.is_capturing(self.stream)
         self.has_entered = False  # peers know of this call
         self._blocks: list[Block] = []
-        self._hides_end = False
+        self._hides_end = self._keeps_inputs = False
 
     def _wait_for(self, previous: EventOverlap | None) -> None:
         if previous is not None and isinstance(previous.event, StreamEvent):
@@ -124,6 +124,7 @@ class CudaTurn:
         for block in earlier._blocks:
             block.note_reader(self.stream, self.ref.keep)
         self._hides_end = self._framework in _HIDES_STREAM  # its arrays were handed out before
+        self._keeps_inputs = earlier.stream != self.stream  # their framework expects them to be free sooner
 
     def over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
         """An output in `block`, which it keeps alive."""
@@ -159,7 +160,7 @@ class CudaTurn:
             if not self.is_captured:  # who replays a graph keeps its inputs
                 self._job.streams.keep_until(event, inputs)
             return EventOverlap(event)
-        if self._callers is None or self._framework in _HIDES_STREAM:
+        if self._callers is None or self._framework in _HIDES_STREAM or self._keeps_inputs:
             event = StreamEvent(self.stream, self._framework, self._job.device)
             self._job.streams.keep_until(event, inputs)
         if self._callers is not None and self._callers != self.stream:
