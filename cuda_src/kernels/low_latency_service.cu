@@ -1,7 +1,8 @@
-// low_latency_service.cu: what low-latency calls need beside them: a wait until a combine buffer may be written, and the
-// masks.
+// low_latency_service.cu: what low-latency calls need beside them: a wait until a combine buffer may be written, the
+// masks, and a new start of all slots.
 //
-// Grid: one warp. Words: reads slot_ack; see sync/slot.cuh.
+// Grid: one warp. Words: reads slot_ack, and writes the own ones at a new start, when no rank runs anything else; see
+// sync/slot.cuh.
 #include "sync/slot.cuh"
 
 namespace epcomm {
@@ -12,8 +13,10 @@ struct LowLatencyServiceArgs {
     uint32_t leaves_late;  // as in SlotArgs
     uint32_t set, clear;   // bit r: mask, or bring back, rank r
     uint64_t masks;        // int32 [num_ranks] or 0, out: 1 for ranks that are masked
+    uint64_t sequences;    // uint32 [2 * kNumSlots] or 0, out: of the last calls of all slots
+    uint32_t resume[2 * kNumSlots];  // go on as if these had been the last calls, and everybody through with them; or 0
 };
-static_assert(sizeof(LowLatencyServiceArgs) == 288 + 4 * 4 + 8,
+static_assert(sizeof(LowLatencyServiceArgs) == 288 + 4 * 4 + 2 * 8 + 16,
               "LowLatencyServiceArgs differs from epcomm/kernels/low_latency_service.py");
 
 extern "C" __global__ void __launch_bounds__(kWarp)
@@ -37,6 +40,13 @@ extern "C" __global__ void __launch_bounds__(kWarp)
     const uint32_t masked = (masked_ranks(comm) | args.set) & ~args.clear;
     __syncwarp();
     if (lane == 0) comm.state().masked = masked;
+    for (int i = 0; i < 2 * kNumSlots; ++i) {
+        uint32_t& sequence = comm.state().sequence[kLowLatencyDispatch + i];
+        if (args.sequences != 0 && lane == 0) pointer<uint32_t>(args.sequences)[i] = sequence;
+        if (args.resume[i] == 0) continue;
+        if (lane == 0) sequence = args.resume[i];
+        comm.own().slot_ack[i][lane] = args.resume[i];
+    }
     if (args.masks != 0 && lane < comm.num_ranks) pointer<int32_t>(args.masks)[lane] = masked >> lane & 1;
 }
 

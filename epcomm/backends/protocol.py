@@ -251,7 +251,7 @@ class Backend(Protocol):
     def query_masks(self, turn: Any, out: Array) -> None:
         """*Local.* Write 1 for the ranks that are left out, and 0 for the others, to int32 ``[R]``."""
 
-    def unmask(self, ranks: list[int]) -> None:
+    def unmask(self, turn: Any, ranks: list[int]) -> None:
         """Bring ranks back; all ranks, those included, agree on where to go on."""
 
     def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:

@@ -220,6 +220,7 @@ class LowLatencyOperations(BufferCore):
             CapacityError: no room on the GPU.
         """
         with self._entered("get_next_low_latency_combine_buffer"):
+            self._check_mode()
             framework = handle.framework if isinstance(handle, LowLatencyHandle) else None
             turn = self._backend.turn(framework, None, None, False)
             checked = low_latency_handle(handle, self.id, turn)
@@ -260,16 +261,18 @@ class LowLatencyOperations(BufferCore):
         with self._entered("low_latency_update_mask_buffer"):
             if not 0 <= rank_to_mask < self.group_size or (mask and rank_to_mask == self.rank):
                 raise InputError("rank_to_mask", got=repr(rank_to_mask), wanted="another rank of this Buffer")
+            self._check_mode()
+            turn = self._turn(None, None)
             if mask:
-                turn = self._turn(None, None)
                 self._backend.mask(turn, rank_to_mask)
-                turn.finish(None)
             else:
-                self._backend.unmask([rank_to_mask])
+                self._backend.unmask(turn, [rank_to_mask])
+            turn.finish(None)
 
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
         """Write 1 for every masked rank and 0 for the others into `mask_status`, int32 ``[R]``. Not collective."""
         with self._entered("low_latency_query_mask_buffer"):
+            self._check_mode()
             turn = self._turn(None, mask_status)
             status = writable_masks(turn, mask_status, self.group_size)
             self._backend.query_masks(turn, status)
@@ -282,13 +285,19 @@ class LowLatencyOperations(BufferCore):
             PeerTimeout: a rank did not call.
         """
         with self._entered("low_latency_clean_mask_buffer"):
-            self._backend.unmask(list(range(self.group_size)))
+            self._check_mode()
+            turn = self._turn(None, None)
+            self._backend.unmask(turn, list(range(self.group_size)))
+            turn.finish(None)
 
-    def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
+    def _check_mode(self) -> None:
         if not self.low_latency_mode:
             raise InputError(
                 "low-latency operation", got="a Buffer with low_latency_mode=False", wanted="low_latency_mode=True"
             )
+
+    def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
+        self._check_mode()
         if async_finish and return_recv_hook:
             raise InputError("async_finish", got="also return_recv_hook", wanted="one of the two")
 

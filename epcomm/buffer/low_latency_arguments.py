@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Turn
 from epcomm.buffer.arguments import (
     FLOAT32,

@@ -14,7 +14,7 @@ from helpers.gpu import busy, need_gpu
 from helpers.low_latency import BF16, BY_NAME, FP8, UE8M0
 
 from epcomm import Buffer
-from epcomm.errors import CapacityError, InputError
+from epcomm.errors import BufferStateError, CapacityError, InputError
 from epcomm.layout import NUM_SLOTS
 from epcomm.testing import assert_bitwise, uniform_routing
 
@@ -343,3 +343,67 @@ def test_wrong_indices_touch_nothing_else(comm, buffer):
         result = buffer.low_latency_dispatch(arrays[0], CUPY.up(topk_idx), 16, mine.num_experts, use_fp8=False)
         buffer.low_latency_combine(arrays[2], CUPY.up(topk_idx), arrays[1], result.handle)
     checks.low_latency_round_trip(buffer, mine)
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("ignored", low_latency.IGNORED.values(), ids=low_latency.IGNORED)
+def test_masks_that_the_user_sets(buffer, comm, ignored):
+    low_latency.masks_that_the_user_sets(comm, buffer, ignored)
+
+
+@pytest.mark.ranks(3)
+def test_mask_set_between_dispatch_and_combine(buffer, comm):
+    low_latency.mask_set_between_dispatch_and_combine(comm, buffer)
+
+
+@pytest.mark.ranks(3)
+def test_one_rank_is_brought_back(buffer, comm):
+    low_latency.one_rank_is_brought_back(comm, buffer)
+
+
+@pytest.mark.ranks(3)
+def test_hook_from_before_the_masks_were_cleaned(buffer, comm):
+    low_latency.hook_from_before_the_masks_were_cleaned(buffer)
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("lost", [0, 2])
+def test_rank_that_stops_answering(comm, lost):
+    with make_buffer(comm, enable_shrink=True, timeout_s=2.0) as buffer:
+        low_latency.rank_that_stops_answering(comm, buffer, lost)
+        buffer.check()
+
+
+@pytest.mark.ranks(3)
+def test_rank_that_stops_answering_between_dispatch_and_combine(comm):
+    with make_buffer(comm, enable_shrink=True, timeout_s=2.0) as buffer:
+        low_latency.rank_that_stops_answering_between_dispatch_and_combine(comm, buffer)
+
+
+@pytest.mark.ranks(3)
+def test_rank_that_comes_back_by_itself(comm):
+    """It hears from `check` that the others went on without it, and disturbs nobody."""
+    masks = low_latency.masks_of(3, {0: {1}, 2: {1}})
+    with make_buffer(comm, enable_shrink=True, timeout_s=2.0) as buffer:
+        checks.low_latency_round_trip(buffer, FP8.inputs(comm.size))
+        comm.barrier()
+        if comm.rank != 1:
+            for seed in range(2 * NUM_SLOTS):
+                low_latency.masked_round_trip(buffer, BF16.inputs(comm.size, seed), masks)
+        comm.barrier()
+        if comm.rank == 1:
+            for _ in range(NUM_SLOTS):
+                checks.low_latency_dispatch(buffer, BF16.inputs(comm.size))
+            CUPY.synchronize()
+            assert type(error_of(buffer.check)) is BufferStateError
+        comm.barrier()
+        if comm.rank != 1:
+            low_latency.masked_round_trip(buffer, FP8.inputs(comm.size), masks)
+        comm.barrier()
+        buffer.low_latency_clean_mask_buffer()
+        for seed in range(2 * NUM_SLOTS + 1):
+            checks.low_latency_round_trip(buffer, BY_NAME["full"].inputs(comm.size, seed))
+        comm.barrier()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from epcomm.arrays import ArrayView, StreamRef
+from epcomm.arrays import ArrayView, StreamRef, to_host
 from epcomm.backends.agreement import (
     CACHED_DISPATCH,
     COMBINE,
@@ -43,7 +43,8 @@ from epcomm.backends.protocol import (
     Rejectable,
 )
 from epcomm.bootstrap import Communicator, Topology
-from epcomm.errors import CapacityError, EpcommError, PeerError, RingFull, UnsupportedOption
+from epcomm.config import NUM_LOW_LATENCY_SLOTS
+from epcomm.errors import BufferStateError, CapacityError, EpcommError, PeerError, RingFull, UnsupportedOption
 from epcomm.event import EventOverlap
 from epcomm.kernels.exchange import STATUS_COUNTS
 from epcomm.kernels.layout import UNIT, round_up
@@ -173,10 +174,21 @@ class CudaBackend:
         self._job.low_latency.launch.service(turn.stream, mask=1 << rank)
 
     def query_masks(self, turn: CudaTurn, out: ArrayView) -> None:
-        self._job.low_latency.launch.service(turn.stream, out=out.ptr)
+        self._job.low_latency.launch.service(turn.stream, masks=out.ptr)
 
-    def unmask(self, ranks: list[int]) -> None:
-        raise NotImplementedError
+    def unmask(self, turn: CudaTurn, ranks: list[int]) -> None:
+        job, low = self._job, self._job.low_latency
+        job.launch.barrier(turn.stream)  # bounded, unlike what the hosts say to each other
+        sequences = turn.new((2 * NUM_LOW_LATENCY_SLOTS,), np.dtype(np.uint32))
+        low.launch.service(turn.stream, sequences=sequences.ptr)
+        own = to_host(sequences, turn.stream)
+        if job.page.failed:
+            raise job.page.error()
+        # Sends that nobody received have come one call further.
+        everyone = np.array(job.comm.allgather(own.tolist()))
+        low.resume(turn.stream, (everyone.max(axis=0) + 1).tolist(), ranks)
+        job.cupy.cuda.runtime.streamSynchronize(turn.stream)
+        job.comm.barrier()
 
     def stats(self) -> dict[str, int]:
         counters: Counter[str] = self._job.counters
@@ -192,6 +204,13 @@ class CudaBackend:
         ranks = [other for other in page.take_rejections() if other != rank]  # the own error was raised in the call
         if ranks:
             return PeerError("an earlier call, of which no row was moved", dict.fromkeys(ranks, ELSEWHERE))
+        if page.take_left_behind():
+            return BufferStateError(
+                "an earlier low-latency call, of which no row was moved",
+                got="peers that went on without this rank, which is masked there",
+                wanted="all ranks in step",
+                do="call low_latency_clean_mask_buffer on all ranks to bring it back",
+            )
         void, mismatch = page.take_void(), page.take_mismatch()
         if void is not None:
             return self._why_void(*void)

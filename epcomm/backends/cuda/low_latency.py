@@ -9,7 +9,7 @@ import numpy as np
 from epcomm.arrays import ArrayView
 from epcomm.backends.agreement import low_latency_combine_values, low_latency_dispatch_values
 from epcomm.backends.cuda.job import Job
-from epcomm.backends.cuda.slots import LowLatency, Ring
+from epcomm.backends.cuda.slots import Ring
 from epcomm.backends.cuda.turn import CudaTurn
 from epcomm.backends.protocol import (
     LowLatencyCombineRequest,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from epcomm.bootstrap import Communicator
 from epcomm.config import NUM_LOW_LATENCY_SLOTS
@@ -44,9 +44,12 @@ class LowLatencyLauncher:
         leaves_late: bool = False,
         mask: int = 0,
         unmask: int = 0,
-        out: int = 0,
+        masks: int = 0,
+        sequences: int = 0,
+        resume: Sequence[int] = (0,) * (2 * NUM_LOW_LATENCY_SLOTS),
     ) -> None:
-        fields = self._service_arguments.fill(operation, leaves_late, mask, unmask, out)
+        """Arguments: the fields of the kernel's, by name."""
+        fields = self._service_arguments.fill(operation, leaves_late, mask, unmask, masks, sequences, *resume)
         self._service.launch(1, low_latency_service.THREADS, 0, stream, fields)
 
 
@@ -167,6 +170,15 @@ class LowLatency:
             self._buffer_bytes = num_bytes
         self.launch.service(stream, operation=self.combines.operation + slot, leaves_late=self.masks_on_timeout)
         return self.combine_addresses(slot)[self._comm.rank]
+
+    def resume(self, stream: int, sequences: Sequence[int], ranks: Sequence[int]) -> None:
+        """Forget all calls so far and the masks of `ranks`; the calls after `sequences`, by slot, are next.
+
+        Every rank does this when no rank runs anything else.
+        """
+        self.launch.service(stream, unmask=sum(1 << rank for rank in set(ranks)), resume=sequences)
+        self.dispatches.forget()
+        self.combines.forget()
 
     def close(self) -> None:
         """Unmap the combine buffers. Local."""

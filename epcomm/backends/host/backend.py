@@ -210,7 +210,7 @@ class HostBackend:
     def query_masks(self, turn: HostTurn, out: Array) -> None:
         out[...] = self._exchange.masked
 
-    def unmask(self, ranks: list[int]) -> None:
+    def unmask(self, turn: HostTurn, ranks: list[int]) -> None:
         exchange, size = self._exchange, self._exchange.comm.size
         own = np.array([[exchange.sequence(ring) for ring in _LOW_LATENCY_RINGS]], np.int64)
         ticket = exchange.post(Operation.CLEAN_MASKS, Ring.SYNC, {}, [Field(own, to_all(1, size))])
