@@ -50,5 +50,5 @@ def piece_bytes(row_bytes: int, num_rows: int, num_warps: int, most: int = _MAX_
     """How much of a row a warp takes at once: as much as it can have under way, less if warps had nothing to do."""
     wanted = -(-row_bytes // most)
     if num_rows * wanted < 2 * num_warps:
-        wanted = min(-(-row_bytes // _WARP_BYTES), -(-2 * num_warps // max(num_rows, 1)))
+        wanted = max(wanted, min(-(-row_bytes // _WARP_BYTES), -(-2 * num_warps // max(num_rows, 1))))
     return round_up(-(-row_bytes // wanted), _WARP_BYTES)

@@ -38,6 +38,7 @@ _DEFAULTS = {
     ("throughput", "host"): (512, 1024, 64),
     ("throughput", "cuda"): (4096, 7168, 256),
     ("low-latency", "host"): (128, 1024, 64),
+    ("low-latency", "cuda"): (128, 7168, 256),
 }
 _MODES = ("throughput", "low-latency")
 _MAX_TOPK = 32
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
     from epcomm.cli.bench.case import Case
 
-    backend = job.backend_here(args.backend, low_latency=args.mode == "low-latency")
+    backend = job.backend_here(args.backend)
     if args.ranks_per_node is not None and args.backend == "auto":
         backend = "host"  # virtual nodes
     tokens, hidden, experts = (
