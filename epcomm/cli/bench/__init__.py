@@ -7,7 +7,7 @@
     throughput.py    beside a bare Alltoallv of the same bytes
     low_latency.py
     report.py        the table, the JSON lines
-    cuda/            the throughput mode on GPUs
+    cuda/            both modes on GPUs
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     job.add_arguments(parser)
     parser.add_argument("--mode", choices=_MODES, default="throughput", help="(default: throughput)")
     parser.add_argument(
-        "--tokens", type=int, metavar="T", help="tokens of a rank (default: 512; low latency: 128; CUDA: 4096)"
+        "--tokens", type=int, metavar="T", help="tokens of a rank (default: 512; CUDA: 4096; low latency: 128)"
     )
     parser.add_argument("--hidden", type=int, metavar="H", help="channels of a row (default: 1024; CUDA: 7168)")
     parser.add_argument("--topk", type=int, default=8, metavar="K", help="experts of a token (default: 8)")
