@@ -1,7 +1,7 @@
 // low_latency_combine.cu: bring the experts' rows back to their tokens, and sum them with the tokens' weights.
 //
 // Grid: num_sms blocks, all resident. Rows that lie anywhere are pushed: their owner writes them to the slot of the
-// source, each to the number that the row had in the source's dispatch. Rows in a combine buffer, which all ranks
+// source, each to the number that the row had in the source's dispatch. Rows in a combine buffer, which all ranks can
 // address, are pulled: their owner only tells where the rows of a source begin, and the source loads them from there.
 // Each owner decides for itself. Either way the source loads a piece of all rows of a token before it adds the first, in
 // the order of the choices.
@@ -148,7 +148,8 @@ __device__ inline uint64_t row_of_choice(const LowLatencyCombineArgs& args, cons
     const int owner = static_cast<int>(expert) / num_local;
     if (!(arrival.present >> owner & 1)) return 0;
     const uint64_t slot = args.slot.at(comm, comm.rank);
-    if (!(arrival.pulling >> owner & 1)) return slot + args.rows_offset + static_cast<uint64_t>(number) * args.row_bytes;
+    if (!(arrival.pulling >> owner & 1))
+        return slot + args.rows_offset + static_cast<uint64_t>(number) * args.row_bytes;
     const int64_t row = number + static_cast<int64_t>(pointer<const int32_t>(slot)[expert]);
     if (row < 0 || row >= args.max_rows) return 0;  // not the choices of the dispatch: nothing outside is read
     return args.buffer[owner] + (expert % num_local * args.max_rows + row) * args.row_bytes;
@@ -195,8 +196,8 @@ __device__ inline void sum_tokens(const LowLatencyCombineArgs& args, const Arriv
         const uint64_t row = row_of_choice(args, arrival, token);
         const int64_t at = static_cast<int64_t>(token) * args.num_topk + lane_index();
         const float weight = lane_index() < args.num_topk ? pointer<const float>(args.topk_weights)[at] : 0.0f;
-        sum_piece(row != 0 ? row + offset : 0, weight, args.out + static_cast<uint64_t>(token) * args.row_bytes + offset,
-                  min(args.sum_bytes, args.row_bytes - offset));
+        const uint64_t out = args.out + static_cast<uint64_t>(token) * args.row_bytes + offset;
+        sum_piece(row != 0 ? row + offset : 0, weight, out, min(args.sum_bytes, args.row_bytes - offset));
     }
 }
 

@@ -65,7 +65,6 @@ struct Lane {
 };
 
 __device__ inline int num_words(const LowLatencyDispatchArgs& args) { return (args.max_tokens + 31) / 32; }
-
 __device__ inline uint64_t lane_at(const LowLatencyDispatchArgs& args, int owner, int source) {
     return args.slot.at(args.comm, owner) + source * args.lane_bytes;
 }
@@ -77,9 +76,7 @@ __device__ inline Lane own_lane(const LowLatencyDispatchArgs& args, int source) 
             pointer<const uint8_t>(lane + args.rows_offset)};
 }
 
-__device__ inline uint32_t row_bytes(const LowLatencyDispatchArgs& args) {
-    return args.cast == kBf16 ? 2 * args.hidden : args.hidden;
-}
+__device__ inline uint32_t row_bytes(const LowLatencyDispatchArgs& args) { return args.hidden << (args.cast == kBf16); }
 
 // The expert of a choice, or -1.
 __device__ inline int choice_at(const LowLatencyDispatchArgs& args, int64_t at) {
@@ -223,12 +220,13 @@ __device__ inline void send_cast(const LowLatencyDispatchArgs& args, const Vecto
 // All warps: tokens in pieces. Block 0, which also sends the choices, takes its share last.
 __device__ inline void send_rows(const LowLatencyDispatchArgs& args, uint32_t reachable) {
     const Comm& comm = args.comm;
-    const uint32_t num_vectors = args.hidden / 8, num_pieces = (num_vectors + args.send_vectors - 1) / args.send_vectors;
-    const uint32_t num_units = args.num_tokens * num_pieces, lane = lane_index();
+    const uint32_t num_vectors = args.hidden / 8, lane = lane_index();
+    const uint32_t num_pieces = (num_vectors + args.send_vectors - 1) / args.send_vectors;
+    const uint32_t num_units = args.num_tokens * num_pieces;
     const uint32_t block = (blockIdx.x + gridDim.x - 1) % gridDim.x;
     for (uint32_t unit = block + warp_index() * gridDim.x; unit < num_units; unit += gridDim.x * warps_per_block()) {
         const uint32_t token = unit / num_pieces, first = unit % num_pieces * args.send_vectors;
-        const int expert = lane < args.num_topk ? choice_at(args, static_cast<int64_t>(token) * args.num_topk + lane) : -1;
+        const int expert = lane < args.num_topk ? choice_at(args, token * args.num_topk + lane) : -1;
         const uint32_t owners = __reduce_or_sync(~0u, expert >= 0 ? 1u << expert / args.num_local_experts : 0u);
         uint64_t to = 0;
         if (owners & reachable & (1u << lane))

@@ -126,13 +126,13 @@ def _lines(case: Case, run: LowLatencyRun) -> Iterator[str]:
     yield "  every row of every rank was right in all its bits, before and after"
     yield ""
     yield (
-        f"  {'us, slowest rank':22s}{'SMs':>4s}{'p50':>7s}{'p99':>7s}{'row':>7s}{'graph':>7s}{'send':>7s}{'recv':>7s}"
+        f"  {'us, slowest rank':20s}{'SMs':>4s}{'p50':>7s}{'p99':>7s}{'row':>7s}{'graph':>7s}{'send':>7s}{'recv':>7s}"
         + (f"{'host':>6s}{'MB':>5s}")
     )
     for one in run.measured:
         halves = "".join(f"{'-' if us is None else f'{us:.1f}':>7s}" for us in (one.send_us, one.receive_us))
         times = f"{one.p50_us:7.1f}{one.p99_us:7.1f}{one.row_us:7.1f}{one.graph_us:7.1f}"
-        yield f"  {one.name:22s}{one.sms:4d}{times}{halves}{one.python_us:6.0f}{one.wire_bytes_per_rank / 1e6:5.1f}"
+        yield f"  {one.name:20s}{one.sms:4d}{times}{halves}{one.python_us:6.0f}{one.wire_bytes_per_rank / 1e6:5.1f}"
     yield ""
     yield from (f"  {line}" for line in _NOTES.splitlines())
 
