@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from epcomm.errors import ShapeError
 
-__all__ = ["Config", "combine_config", "dispatch_config", "low_latency_size_hint"]
+__all__ = [
+    "COMBINE_LANES",
+    "NUM_LOW_LATENCY_SLOTS",
+    "Config",
+    "combine_config",
+    "dispatch_config",
+    "low_latency_bytes",
+    "low_latency_combine_offset",
+    "low_latency_row_stride",
+    "low_latency_rows_offset",
+    "low_latency_size_hint",
+]
 
 _MIB = 1 << 20
 _HINT_TOKENS = 8192  # tokens a rank that an arena of the hinted size has room for
@@ -133,13 +144,57 @@ def combine_config(num_ranks: int, num_sms: int) -> Config:
     return _from_table(_COMBINE, num_ranks, num_sms)
 
 
-def low_latency_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int) -> int:
-    """Bytes for ``num_rdma_bytes`` of a low-latency Buffer.
+# The low-latency area of a rank has two slots of each kind, of equal lanes: a dispatch has one for each rank, and a
+# combine has as many as there are choices of a token in the hint.
+NUM_LOW_LATENCY_SLOTS = 2
+COMBINE_LANES = 10
+_LANE_UNIT = 128  # bytes
 
-    Formula: ``2 slots * num_ranks * num_max_dispatch_tokens_per_rank * message`` where a message is
-    ``16 + max(2 * hidden, hidden + 4 * ceil(hidden / 128)) + 400`` bytes (header, the row as bfloat16 or as fp8
-    with scales, its expert indices and weights), plus ``2 slots * 16 * num_experts * num_ranks`` bytes of
-    counts; rounded up to 2 MiB.
+
+def low_latency_row_stride(hidden: int, use_fp8: bool) -> int:
+    """Bytes between staged rows of a low-latency dispatch; with fp8 their scales lie behind them."""
+    return _round_up(hidden + 4 * -(-hidden // 128) if use_fp8 else 2 * hidden, _LANE_UNIT)
+
+
+def low_latency_rows_offset(num_max_dispatch_tokens_per_rank: int, num_local_experts: int) -> int:
+    """Bytes before the rows in a lane of a low-latency dispatch.
+
+    A bit for each token and expert, an int32 for each expert, and one more.
+    """
+    words = -(-num_max_dispatch_tokens_per_rank // 32)
+    return _round_up(4 * (num_local_experts * (words + 1) + 1), _LANE_UNIT)
+
+
+def low_latency_combine_offset(num_experts: int) -> int:
+    """Bytes before the rows in a slot of a low-latency combine: an int32 for each expert."""
+    return _round_up(4 * num_experts, _LANE_UNIT)
+
+
+def low_latency_bytes(
+    num_max_dispatch_tokens_per_rank: int,
+    hidden: int,
+    num_ranks: int,
+    num_experts: int,
+    *,
+    num_topk: int = COMBINE_LANES,
+    use_fp8: bool = False,
+) -> int:
+    """Bytes of an area in which a dispatch of such rows, and a combine of so many choices a token, have room."""
+    tokens = num_max_dispatch_tokens_per_rank
+    before = low_latency_rows_offset(tokens, -(-num_experts // num_ranks))
+    dispatch = before + tokens * low_latency_row_stride(hidden, use_fp8)
+    combine = low_latency_combine_offset(num_experts) + tokens * num_topk * 2 * hidden
+    lane = _round_up(max(dispatch, -(-combine // COMBINE_LANES)), _LANE_UNIT)
+    return NUM_LOW_LATENCY_SLOTS * (num_ranks + COMBINE_LANES) * lane
+
+
+def low_latency_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Bytes for ``num_rdma_bytes`` of a low-latency Buffer, for up to 10 choices a token.
+
+    Formula: ``2 slots * (num_ranks + 10) * lane``, where a lane holds ``num_max_dispatch_tokens_per_rank`` rows of
+    ``max(2 * hidden, hidden + 4 * ceil(hidden / 128))`` bytes (bfloat16, or fp8 with scales), rounded up to 128, and
+    beside them a bit for each token and local expert and 4 bytes for each expert; rounded up to 2 MiB. A dispatch takes
+    one lane for each rank, a combine one for each choice of a token; with more than 10 choices in proportion more.
     """
     for name, value in (
         ("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank),
@@ -149,6 +204,5 @@ def low_latency_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, nu
     ):
         if value < 1:
             raise ShapeError(name, got=str(value), wanted="at least 1")
-    message = 16 + _round_up(max(2 * hidden, hidden + 4 * -(-hidden // 128)), 16) + _ROW_METADATA_BYTES
-    rows = 2 * num_ranks * num_max_dispatch_tokens_per_rank * message
-    return _round_up(rows + 2 * 16 * num_experts * num_ranks, 2 * _MIB)
+    sizes = (num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+    return _round_up(max(low_latency_bytes(*sizes, use_fp8=use_fp8) for use_fp8 in (False, True)), 2 * _MIB)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.arrays import ArrayView, StreamRef, export_any, import_array, to_host
+from epcomm.dlpack import compact_strides
 from epcomm.event import EventOverlap
 
 __all__ = [
@@ -245,27 +246,38 @@ class LowLatencyHandle(_Handle):
 
     Attributes:
         src_info: int32 ``[L, R * max_tokens]``, the source's token index of every received row, -1 elsewhere.
-        recv_begin, recv_counts: int32 ``[L, R]``, first row and number of rows from each source rank.
+        recv_ranges: int32 ``[L, R, 2]``, number of rows from each source rank, and the first of them.
+        num_max_dispatch_tokens_per_rank, hidden, num_experts, num_tokens: sizes.
+        buffer_id: id of the Buffer that made the handle.
+        framework: the framework in which indexing returns arrays.
+        send_pos: int32 ``[T, K]`` on the CUDA backend: the number of each of this rank's rows among those that it
+            sends, by expert, then token, or -1; else None.
+        send_begin: int32 ``[L, R]`` on the CUDA backend: that number of the first row from each source rank; else None.
+        stream: the CUDA stream in which the dispatch ran; None on the host backend.
     """
 
-    src_info: NDArray[np.int32]
-    recv_begin: NDArray[np.int32]
-    recv_counts: NDArray[np.int32]
+    src_info: Any
+    recv_ranges: Any
     num_max_dispatch_tokens_per_rank: int
     hidden: int
     num_experts: int
     buffer_id: int
     num_tokens: int
     framework: str
+    send_pos: Any = None
+    send_begin: Any = None
     stream: StreamRef | None = None
 
-    _LEAVES = ("src_info", "recv_begin", "recv_counts")
+    _LEAVES = ("src_info", "recv_ranges", "send_pos", "send_begin")
 
     @property
-    def layout_range(self) -> NDArray[np.int64]:
+    def layout_range(self) -> Any:
         """int64 ``[L, R]``: ``begin << 32 | count`` of the rows from each source rank."""
-        begin, count = np.asarray(self.recv_begin, np.int64), np.asarray(self.recv_counts, np.int64)
-        return (begin << 32) | count
+        ranges = self.recv_ranges
+        if isinstance(ranges, ArrayView):
+            shape = ranges.shape[:2]
+            return replace(ranges, shape=shape, strides=compact_strides(shape), dtype=np.dtype(np.int64))
+        return np.ascontiguousarray(ranges, np.int32).view(np.int64)[..., 0]
 
     def _positions(self) -> tuple[Callable[[], Any], ...]:
         return (

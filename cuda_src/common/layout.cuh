@@ -2,10 +2,11 @@
 //
 // Each rank owns one region that all ranks of its node address:
 //
-//     [ Workspace | window | arena ]
+//     [ Workspace | window | arena | low-latency area ]
 //
 // The workspace holds this file's State and Signals; the window carries rows of arrays that lie outside the arena;
-// the arena holds outputs of dispatch and inputs of combine, placed by the host. Twin: epcomm/kernels/layout.py.
+// the arena holds outputs of dispatch and inputs of combine, placed by the host; the low-latency area holds what is on
+// its way in low-latency calls, see sync/slot.cuh. Twin: epcomm/kernels/layout.py.
 #pragma once
 
 #include "common/types.cuh"
@@ -20,9 +21,20 @@ inline constexpr uint64_t kUnit = 128;      // bytes; offsets in a region travel
 inline constexpr uint32_t kThroughWindow = 0xffffffffu;  // my rows are outside of the arena: use the window
 inline constexpr uint32_t kRejected = 0xfffffffeu;       // my input is bad: nobody moves anything
 inline constexpr uint32_t kNoBlock = 0xfffffffdu;        // this call has no such block
+inline constexpr uint32_t kLeftOut = 0xffffffffu;        // of low latency: you are masked here, nothing comes from me
 
-// Operations, each with a sequence of its own that counts its calls.
-enum Operation : uint32_t { kExchange = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
+// Operations, each with a sequence of its own that counts its calls. Low-latency ones count by slot: slot s of a
+// dispatch is kLowLatencyDispatch + s.
+enum Operation : uint32_t {
+    kExchange = 0,
+    kDispatch = 1,
+    kCombine = 2,
+    kBarrier = 3,
+    kLowLatencyDispatch = 4,
+    kLowLatencyCombine = 6,
+};
+inline constexpr int kNumSlots = 2;  // calls of one low-latency operation that may be under way at once
+inline constexpr int kNumOperations = kLowLatencyCombine + kNumSlots;
 
 // Whether the dispatch behind an exchange moves rows; the same on all ranks. If not, it is no call.
 enum Verdict : uint32_t {
@@ -36,14 +48,19 @@ enum Phase : uint32_t { kPhaseCounts = 0, kPhaseEntry = 1, kPhaseDone = 2, kPhas
 
 // Device-private; every rank touches its own only.
 struct State {
-    uint32_t sequence[8];  // by Operation: number of the last finished call
-    uint32_t ticket[8];    // by Operation: blocks that have finished the present call
+    uint32_t sequence[kNumOperations];  // by Operation: number of the last finished call
+    uint32_t ticket[kNumOperations];    // by Operation: blocks that have finished the present call
     uint32_t busy;         // an operation is running
     uint32_t failed;       // the error record is taken
     uint32_t verdict;      // Verdict of the last exchange
     uint32_t filled[2][2];  // by Operation - kDispatch and parity of the round: blocks that have filled the windows
     uint32_t taken[2][2];   // and that have emptied them
-    uint32_t unused[37];
+    uint32_t masked;        // bit r: low-latency calls go without rank r
+    uint32_t unused[4];
+    // By Operation - kLowLatencyDispatch: what block 0 has seen, for the other blocks, where ranks that are late are
+    // left out: {sequence << 32 | ranks that are there}, and {sequence << 32 | those of them whose rows are pulled}.
+    uint64_t seen[2 * kNumSlots][2];
+    uint32_t unused2[16];
 };
 static_assert(sizeof(State) == 256);
 
@@ -77,7 +94,12 @@ struct Signals {
     uint32_t barrier[kMaxRanks];
     uint64_t window_ready[2][kMaxRanks];  // by Operation - kDispatch: {sequence << 32 | rounds}
     uint64_t window_ack[2][kMaxRanks];
-    uint64_t entry_agreed[2][2][kMaxRanks][kNumEntryAgreed];  // by Operation - kDispatch and parity; after a mismatch
+    // After a mismatch: by 2 * (Operation - kDispatch) + parity, and by Operation for those of low latency.
+    uint64_t entry_agreed[kNumOperations][kMaxRanks][kNumEntryAgreed];
+    // By Operation - kLowLatencyDispatch: {sequence << 32 | digest, or kRejected, or kLeftOut}, and the sequence of the
+    // last call of the slot that the rank is through with.
+    uint64_t slot_ready[2 * kNumSlots][kMaxRanks];
+    uint32_t slot_ack[2 * kNumSlots][kMaxRanks];
 };
 
 struct Workspace {
@@ -106,7 +128,8 @@ struct HostPage {
     uint32_t mismatch_operation;
     uint32_t num_voids;   // exchanges that the host does not wait for, and that went wrong; `void_…` tell why, of the
     uint32_t seen_voids;  // first that the host has not seen: it writes this
-    uint32_t unused[19];
+    uint32_t num_left_behind;  // low-latency calls in which peers were ahead of this rank, since construction
+    uint32_t unused[18];
     uint32_t tag;           // of the exchange whose result follows; written last
     uint32_t verdict;       // Verdict
     uint32_t num_received;  // rows for this rank

@@ -41,6 +41,7 @@ template <typename T> struct VectorSum {
 #pragma unroll
         for (int i = 0; i < 4; ++i) add_word(i, words[i]);
     }
+    __device__ __forceinline__ void add_weighted(float weight, uint4 v);  // for bfloat16
     __device__ __forceinline__ uint4 rounded() const { return {word(0), word(1), word(2), word(3)}; }
 
   private:
@@ -57,6 +58,14 @@ template <> __device__ __forceinline__ unsigned int VectorSum<float>::word(int i
 template <> __device__ __forceinline__ void VectorSum<__nv_bfloat16>::add_word(int i, unsigned int bits) {
     value[2 * i] = accumulate(value[2 * i], __uint_as_float(bits << 16));
     value[2 * i + 1] = accumulate(value[2 * i + 1], __uint_as_float(bits & 0xffff0000u));
+}
+template <> __device__ __forceinline__ void VectorSum<__nv_bfloat16>::add_weighted(float weight, uint4 v) {
+    const unsigned int words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        value[2 * i] = accumulate_weighted(value[2 * i], weight, __uint_as_float(words[i] << 16));
+        value[2 * i + 1] = accumulate_weighted(value[2 * i + 1], weight, __uint_as_float(words[i] & 0xffff0000u));
+    }
 }
 template <> __device__ __forceinline__ unsigned int VectorSum<__nv_bfloat16>::word(int i) const {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);

@@ -9,9 +9,9 @@
 namespace epcomm {
 
 // All threads. False: the Buffer is broken, and the block returns without touching anything.
-__device__ inline bool begin(const Comm& comm, Operation operation, Call& call) {
+__device__ inline bool begin(const Comm& comm, uint32_t operation, Call& call) {
     State& state = comm.state();
-    call.operation = operation;
+    call.operation = static_cast<Operation>(operation);
     call.sequence = *const_cast<volatile uint32_t*>(&state.sequence[operation]) + 1;
     call.parity = call.sequence & 1;
     bool good = true;
@@ -29,14 +29,15 @@ __device__ inline bool begin(const Comm& comm, Operation operation, Call& call) 
 }
 
 // All threads of all blocks, after their last access to shared memory of peers. True in the block that came last: the
-// acquire of its ticket orders what all blocks did before what it does next.
-__device__ inline bool is_last_block(const Comm& comm, const Call& call) {
+// acquire of its ticket orders what all blocks did before what it does next. A call may have several such points: all
+// blocks have drawn `num_before` tickets at earlier ones.
+__device__ inline bool is_last_block(const Comm& comm, const Call& call, uint32_t num_before = 0) {
     __syncthreads();
     bool is_last = false;
     if (threadIdx.x == 0) {
         // The block's accesses, ordered by the barrier above, become visible before its ticket.
         ptx::fence_acq_rel_sys();
-        is_last = ptx::atom_add_acq_rel_gpu(&comm.state().ticket[call.operation], 1) == gridDim.x - 1;
+        is_last = ptx::atom_add_acq_rel_gpu(&comm.state().ticket[call.operation], 1) == num_before + gridDim.x - 1;
     }
     return __syncthreads_or(is_last);
 }

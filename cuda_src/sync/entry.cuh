@@ -35,7 +35,8 @@ __device__ inline EntryCells* entry_cells(Signals& signals, const Call& call) {
 }
 
 __device__ inline uint64_t (*agreed_cells(Signals& signals, const Call& call))[kNumEntryAgreed] {
-    return signals.entry_agreed[call.operation - kDispatch][call.parity];
+    const bool has_slots = call.operation >= kLowLatencyDispatch;
+    return signals.entry_agreed[has_slots ? call.operation : 2 * (call.operation - kDispatch) + call.parity];
 }
 
 // One warp: enter at every rank. Memory that the values speak of was finished by earlier kernels of this stream; the
@@ -69,13 +70,14 @@ __device__ inline bool await_entries(const Comm& comm, const Call& call, Entry (
 }
 
 // One warp of one block, when digests differ: tell all ranks the values, and the host those of all ranks.
-__device__ __noinline__ void report_mismatch(const Comm& comm, const Call& call, const EntryArgs& entry) {
+__device__ __noinline__ void report_mismatch(const Comm& comm, const Call& call,
+                                             const uint32_t (&agreed)[kNumEntryAgreed]) {
     const int lane = lane_index();
     if (lane < comm.num_ranks) {
         uint64_t* mine = agreed_cells(comm.of(lane), call)[comm.rank];
         // Each cell carries its own flag: pairs with the loads below, at rank `lane`.
         for (int i = 0; i < kNumEntryAgreed; ++i)
-            ptx::st_relaxed_sys(&mine[i], tagged(call.sequence, entry.agreed[i]));
+            ptx::st_relaxed_sys(&mine[i], tagged(call.sequence, agreed[i]));
     }
     HostPage* page = comm.page();
     const uint32_t num_before = *const_cast<volatile uint32_t*>(&page->num_mismatches);
@@ -115,7 +117,7 @@ __device__ inline bool exchange_entries(const Comm& comm, const Call& call, cons
                 ++*const_cast<volatile uint32_t*>(&comm.page()->num_rejections[lane]);
             good = false;
         } else if (differs) {
-            if (blockIdx.x == 0) report_mismatch(comm, call, entry);
+            if (blockIdx.x == 0) report_mismatch(comm, call, entry.agreed);
             good = false;
         }
     }

@@ -72,9 +72,11 @@ __device__ __noinline__ void give_up(const Comm& comm, const Call& call, ErrorKi
 
 inline constexpr uint32_t kPollsPerLook = 32;
 
-// One warp waits until `ready(r)` for every rank r; lane r looks after rank r. False: the call has failed.
+// One warp waits until `ready(r)` for every rank r; lane r looks after rank r. False: the call has failed. With `late`
+// it may go on without ranks: those that did not come in time, a bit each.
 template <typename Ready>
-__device__ inline bool wait_for_ranks(const Comm& comm, const Call& call, Phase phase, Ready ready) {
+__device__ inline bool wait_for_ranks(const Comm& comm, const Call& call, Phase phase, Ready ready,
+                                      uint32_t* late = nullptr) {
     const int lane = lane_index();
     Patience patience;
     bool pending = lane < comm.num_ranks;
@@ -83,13 +85,15 @@ __device__ inline bool wait_for_ranks(const Comm& comm, const Call& call, Phase 
         const uint32_t awaited = __ballot_sync(~0u, pending);
         if (awaited == 0) return true;
         if (polls % kPollsPerLook == 0) {
-            bool stop = false;
-            if (lane == 0) {
-                const ErrorKind reason = reason_to_stop(comm, patience);
-                stop = reason != kNoError;
-                if (stop) give_up(comm, call, reason, phase, awaited, patience.elapsed_ns);
+            ErrorKind reason = lane == 0 ? reason_to_stop(comm, patience) : kNoError;
+            reason = static_cast<ErrorKind>(__shfl_sync(~0u, static_cast<uint32_t>(reason), 0));
+            if (reason == kNoError) continue;
+            if (reason == kTimeout && late != nullptr) {
+                *late = awaited;
+                return true;
             }
-            if (__shfl_sync(~0u, stop, 0)) return false;
+            if (lane == 0) give_up(comm, call, reason, phase, awaited, patience.elapsed_ns);
+            return false;
         }
     }
 }

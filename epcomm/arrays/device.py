@@ -31,20 +31,31 @@ class DeviceArray(dlpack.Exporter):
 
     Args:
         ptr: device address.
-        shape: elements along each axis; row-major, without gaps.
+        shape: elements along each axis.
         dtype: a dtype of `epcomm.dlpack.DTYPES`.
         owner: keeps the memory alive.
         device: CUDA device number.
         stream: raw handle of the stream that fills the memory; None: the consumer is ordered by other means.
+        strides: elements between neighbours along each axis; row-major, without gaps, if None.
     """
 
-    __slots__ = ("_dtype", "_owner", "_ptr", "_shape", "_stream")
+    __slots__ = ("_dtype", "_owner", "_ptr", "_shape", "_stream", "_strides")
 
     def __init__(
-        self, ptr: int, shape: Sequence[int], dtype: DType, *, owner: object, device: int, stream: int | None
+        self,
+        ptr: int,
+        shape: Sequence[int],
+        dtype: DType,
+        *,
+        owner: object,
+        device: int,
+        stream: int | None,
+        strides: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(dlpack.ndarray_over(ptr, shape, dtype, owner=owner), dtype, (CUDA, device))
+        memory = dlpack.ndarray_over(ptr, shape, dtype, owner=owner, strides=strides)
+        super().__init__(memory, dtype, (CUDA, device))
         self._ptr, self._shape, self._dtype, self._owner, self._stream = ptr, tuple(shape), dtype, owner, stream
+        self._strides = None if strides is None else tuple(step * dtype.itemsize for step in strides)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,7 +93,7 @@ class DeviceArray(dlpack.Exporter):
         return {
             "data": (self._ptr, False),
             "shape": self._shape,
-            "strides": None,
+            "strides": self._strides,
             "typestr": self._dtype.str,
             "version": 3,
             "stream": None if self._stream is None else self._stream or LEGACY,
@@ -101,6 +112,7 @@ def export_any(array: NDArray[Any] | ArrayView, framework: str, stream: StreamRe
         owner=array.owner,
         device=array.device[1],
         stream=None if stream is None else stream.ptr,
+        strides=None if array.contiguous else array.strides,
     )
 
 
@@ -126,7 +138,15 @@ def to_host(view: ArrayView, stream: int) -> NDArray[Any]:
 
 
 def device_array(
-    framework: str, ptr: int, shape: Sequence[int], dtype: DType, *, owner: object, device: int, stream: int | None
+    framework: str,
+    ptr: int,
+    shape: Sequence[int],
+    dtype: DType,
+    *,
+    owner: object,
+    device: int,
+    stream: int | None,
+    strides: Sequence[int] | None = None,
 ) -> Any:
     """An array of `framework` over device memory. Does not block; not collective.
 
@@ -137,12 +157,13 @@ def device_array(
     Args:
         framework: as `framework_of` names it.
         ptr: device address of the first element.
-        shape: elements along each axis; row-major, without gaps.
+        shape: elements along each axis.
         dtype: a dtype of `epcomm.dlpack.DTYPES`.
         owner: keeps the memory alive until the last view is gone.
         device: CUDA device number.
         stream: raw handle of the stream that fills the memory. None: the caller orders CuPy and PyTorch by other means
             (an event that is waited for later); JAX and other consumers then get no ordering either.
+        strides: elements between neighbours along each axis, without gaps in some order of the axes; row-major if None.
 
     Raises:
         DtypeError: a dtype that epcomm does not carry.
@@ -158,16 +179,19 @@ def device_array(
         _hand_over(owner, stream, consumer.ptr, device, consumer)  # CuPy destroys a stream with its object
         num_bytes = math.prod(shape) * dtype.itemsize
         # NOTE: with the device given, CuPy asks the driver nothing about the address.
-        return cupy.ndarray(shape, dtype, cuda.MemoryPointer(cuda.UnownedMemory(ptr, num_bytes, owner, device), 0))
+        memory = cuda.MemoryPointer(cuda.UnownedMemory(ptr, num_bytes, owner, device), 0)
+        return cupy.ndarray(
+            shape, dtype, memory, None if strides is None else tuple(step * dtype.itemsize for step in strides)
+        )
     if framework == "torch":
         torch = _module(framework)
         _hand_over(owner, stream, current_torch_stream(torch, device), device)
         # The capsule itself, as the ordering is done: `torch.from_dlpack` of an object would ask for it again.
-        memory = dlpack.ndarray_over(ptr, shape, dtype, owner=owner)
+        memory = dlpack.ndarray_over(ptr, shape, dtype, owner=owner, strides=strides)
         return torch.utils.dlpack.from_dlpack(dlpack.Exporter(memory, dtype, (CUDA, device)).__dlpack__())
     if framework == "numpy":
         raise wrong_device("device_array", (CUDA, device), "cpu")
-    array = DeviceArray(ptr, shape, dtype, owner=owner, device=device, stream=stream)
+    array = DeviceArray(ptr, shape, dtype, owner=owner, device=device, stream=stream, strides=strides)
     if framework == "jax":
         _hidden(owner)
         return _module(framework).dlpack.from_dlpack(array)

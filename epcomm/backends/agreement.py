@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from epcomm.backends.protocol import CombineRequest, DispatchRequest
+from epcomm.backends.protocol import (
+    CombineRequest,
+    DispatchRequest,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+)
 from epcomm.config import Config
 from epcomm.errors import RankMismatch
 from epcomm.numerics import ROW_DTYPES
@@ -14,10 +19,14 @@ __all__ = [
     "CACHED_DISPATCH",
     "COMBINE",
     "DISPATCH",
+    "LOW_LATENCY_COMBINE",
+    "LOW_LATENCY_DISPATCH",
     "cached_dispatch_values",
     "check_agreed",
     "combine_values",
     "dispatch_values",
+    "low_latency_combine_values",
+    "low_latency_dispatch_values",
     "show",
 ]
 
@@ -35,6 +44,8 @@ DISPATCH = (
 )
 CACHED_DISPATCH = (*_PAYLOAD, "handle of dispatch", *_CONFIG)
 COMBINE = ("hidden", "dtype", "num_topk", "handle of dispatch", *_CONFIG)
+LOW_LATENCY_COMBINE = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
+LOW_LATENCY_DISPATCH = (*LOW_LATENCY_COMBINE, "use_fp8", "round_scale", "use_ue8m0")
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
 
@@ -84,6 +95,30 @@ def combine_values(request: CombineRequest) -> tuple[int, ...]:
         0 if weights is None else weights.shape[1],
         request.handle.dispatch_id,
         *_config_values(request.config),
+    )
+
+
+def low_latency_dispatch_values(request: LowLatencyDispatchRequest) -> tuple[int, ...]:
+    """Values of `LOW_LATENCY_DISPATCH`."""
+    return (
+        request.x.shape[1],
+        request.topk_idx.shape[1],
+        request.num_experts,
+        request.num_max_dispatch_tokens_per_rank,
+        request.use_fp8,
+        request.round_scale,
+        request.use_ue8m0,
+    )
+
+
+def low_latency_combine_values(request: LowLatencyCombineRequest) -> tuple[int, ...]:
+    """Values of `LOW_LATENCY_COMBINE`."""
+    handle = request.handle
+    return (
+        handle.hidden,
+        request.topk_idx.shape[1],
+        handle.num_experts,
+        handle.num_max_dispatch_tokens_per_rank,
     )
 
 

@@ -130,8 +130,10 @@ class LowLatencyDispatchRequest:
     use_fp8: bool
     round_scale: bool
     use_ue8m0: bool
-    expert_stats: NDArray[np.int32] | None  # [L], added to in place
-    wait_stats: NDArray[np.int64] | None  # [R], nanoseconds added in place
+    expert_stats: Array | None  # int32 [L], added to in place
+    wait_stats: Array | None  # int64 [R], nanoseconds added in place
+    num_sms: int
+    is_postponed: bool  # the receive half runs later
 
 
 @dataclass(slots=True, eq=False)
@@ -140,10 +142,11 @@ class LowLatencyDispatchOutcome:
 
     recv_x: Array
     recv_scales: Array | None
-    recv_count: NDArray[np.int32]
-    src_info: NDArray[np.int32]
-    recv_begin: NDArray[np.int32]
-    recv_counts: NDArray[np.int32]
+    recv_count: Array
+    src_info: Array
+    recv_ranges: Array
+    send_pos: Array | None = None  # CUDA only
+    send_begin: Array | None = None  # likewise
 
 
 @dataclass(slots=True, eq=False)
@@ -152,11 +155,13 @@ class LowLatencyCombineRequest:
 
     x: Array  # bfloat16 [L, R * max_tokens, hidden]
     topk_idx: Array
-    topk_weights: NDArray[np.float32]
+    topk_weights: Array  # float32 [T, num_topk]
     handle: LowLatencyHandle
     out: Array  # bfloat16 [T, hidden]
-    wait_stats: NDArray[np.int64] | None
+    wait_stats: Array | None  # as in a dispatch
     zero_copy: bool  # x is what low_latency_combine_buffer returned
+    num_sms: int
+    is_postponed: bool  # as in a dispatch
 
 
 class Turn(Protocol):
@@ -181,6 +186,9 @@ class Turn(Protocol):
 
     def checked_values(self, view: ArrayView) -> NDArray[Any]:
         """The elements, for ``EPCOMM_CHECK=1``; may block until they are there."""
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Memory for a result."""
 
     def export(self, array: Array, framework: str) -> Any:
         """A result as an array of the caller's framework."""
@@ -219,11 +227,11 @@ class Backend(Protocol):
 
     def low_latency_dispatch(
         self, turn: Any, request: LowLatencyDispatchRequest
-    ) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
-        """The send half; the second result runs the receive half."""
+    ) -> tuple[LowLatencyDispatchOutcome, Callable[[Any], None]]:
+        """The send half; the second result runs the receive half, in a turn of its own if that is postponed."""
 
-    def low_latency_combine(self, turn: Any, request: LowLatencyCombineRequest) -> Callable[[], None]:
-        """The send half; the result runs the receive half, which fills ``request.out``."""
+    def low_latency_combine(self, turn: Any, request: LowLatencyCombineRequest) -> Callable[[Any], None]:
+        """The send half; the result runs the receive half, which fills ``request.out``, likewise."""
 
     def reject(self, turn: Any, operation: Rejectable, error: Exception) -> None:
         """Take part in `operation` only to tell the peers that this rank's input is bad. Returns normally."""
@@ -234,16 +242,16 @@ class Backend(Protocol):
     def combine_buffer(self, turn: Any, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> Array:
         """*Local.* Memory from which the next combine needs no copy, ``[num_rows, hidden]``."""
 
-    def low_latency_combine_buffer(self, shape: tuple[int, int, int]) -> Array:
-        """*Local.* Memory from which the next low-latency combine needs no copy."""
+    def low_latency_combine_buffer(self, turn: Any, shape: tuple[int, int, int]) -> Array:
+        """Memory from which the next low-latency combine needs no copy. *Local* where there is such memory already."""
 
-    def mask(self, rank: int) -> None:
+    def mask(self, turn: Any, rank: int) -> None:
         """*Local.* Leave a rank out of low-latency operations."""
 
-    def masks(self) -> NDArray[np.bool_]:
-        """*Local.* ``[R]``, the ranks that are left out."""
+    def query_masks(self, turn: Any, out: Array) -> None:
+        """*Local.* Write 1 for the ranks that are left out, and 0 for the others, to int32 ``[R]``."""
 
-    def unmask(self, ranks: list[int]) -> None:
+    def unmask(self, turn: Any, ranks: list[int]) -> None:
         """Bring ranks back; all ranks, those included, agree on where to go on."""
 
     def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:

@@ -70,9 +70,12 @@ def bias_argument(turn: Turn, bias: Any, dtype: np.dtype[Any], shape: tuple[int,
     return view
 
 
-def writable_argument(turn: Turn, x: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+def writable_argument(
+    turn: Turn, x: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], aligned: bool = False
+) -> Array:
+    """Memory that is written; `aligned`: by kernels, 16 bytes at a time."""
     view = import_array(x, name, writable=True, stream=turn.stream)
-    turn.check(view, name, dtypes=(dtype,), shape=shape)
+    turn.check(view, name, dtypes=(dtype,), shape=shape, aligned=aligned and turn.stream is not None)
     return turn.take(view)
 
 

@@ -21,17 +21,16 @@ class Buffer(ThroughputOperations, LowLatencyOperations):
         num_nvl_bytes: bytes of the arena within a node, the same on all ranks; `Config.get_nvl_buffer_size_hint`. On
             CUDA results of dispatch lie there for as long as they are held, and combine takes its rows from there;
             what has no room goes slower ways, counted in `stats`. The host backend needs none.
-        num_rdma_bytes: bytes between nodes and for low latency; `get_low_latency_rdma_size_hint`. Neither backend of
-            this release needs any.
-        low_latency_mode: allow the low-latency operations, which are on the host backend only.
+        num_rdma_bytes: bytes between nodes and for low latency, the same on all ranks;
+            `get_low_latency_rdma_size_hint`. On CUDA low-latency operations need them; the host backend needs none.
+        low_latency_mode: allow the low-latency operations.
         num_qps_per_rank: queue pairs of RDMA connections; without a meaning in this release.
         allow_nvlink_for_low_latency_mode, allow_mnnvl: accepted as in DeepEP; without a meaning in this release.
         explicitly_destroy: the owner calls `destroy`; garbage collection does not.
         enable_shrink: a rank that does not answer a low-latency operation in time is masked instead of raising
             `PeerTimeout`; needs all ranks on one host.
         backend: "cuda", "host", or "auto": what ``EPCOMM_BACKEND`` says, and if that is "auto" too, CUDA where every
-            rank has a usable GPU, all ranks are on one node and `low_latency_mode` is off, else the host backend. All
-            ranks agree.
+            rank has a usable GPU and all ranks are on one node, else the host backend. All ranks agree.
         ranks_per_node: make virtual nodes of this many consecutive ranks; by default the ranks of each host form a
             node (``EPCOMM_RANKS_PER_NODE`` overrides).
         timeout_s: seconds a rank waits for its peers before `PeerTimeout`; ``EPCOMM_TIMEOUT_S`` by default. On CUDA the

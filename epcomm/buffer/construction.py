@@ -19,14 +19,14 @@ _BACKENDS = ("auto", "host", "cuda")
 
 
 def agree_on_settings(
-    comm: Communicator, settings: dict[str, Any], *, num_rdma_bytes: Any, ranks_per_node: Any, timeout_s: Any
+    comm: Communicator, settings: dict[str, Any], *, ranks_per_node: Any, timeout_s: Any
 ) -> tuple[float, bool]:
     """Check this rank's arguments, and that all ranks passed the same `settings`. Collective.
 
     Args:
         comm: the ranks.
         settings: what must be equal on all ranks, by name; the environment is added.
-        num_rdma_bytes, ranks_per_node, timeout_s: as for ``Buffer``; ranks may differ.
+        ranks_per_node, timeout_s: as for ``Buffer``; ranks may differ.
 
     Returns:
         Seconds of the bound of every wait, and whether ``EPCOMM_CHECK`` asks for checks of every index.
@@ -38,7 +38,8 @@ def agree_on_settings(
     problem: EpcommError | None = None
     seconds, check_routing = math.inf, False
     try:
-        _check_settings(settings["num_nvl_bytes"], num_rdma_bytes, settings["backend"], ranks_per_node)
+        sizes = {name: settings[name] for name in ("num_nvl_bytes", "num_rdma_bytes")}
+        _check_settings(sizes, settings["backend"], ranks_per_node)
         seconds, check_routing = _timeout(timeout_s), env.get("EPCOMM_CHECK")
     except EpcommError as error:
         problem = error
@@ -56,11 +57,19 @@ def make_backend(
         UnsupportedOption: the wanted one does not work on some rank.
         Exception: what its constructor raises.
     """
-    if choose_backend(comm, topology, settings["backend"], settings["low_latency_mode"]) == "host":
+    if choose_backend(comm, topology, settings["backend"]) == "host":
         return HostBackend(comm, topology, timeout_s, settings["enable_shrink"])
-    from epcomm.backends.cuda import CudaBackend
+    from epcomm.backends.cuda import CudaBackend, Settings
 
-    return CudaBackend(comm, topology, int(settings["num_nvl_bytes"]), timeout_s, device)
+    chosen = Settings(
+        num_arena_bytes=int(settings["num_nvl_bytes"]),
+        num_low_latency_bytes=int(settings["num_rdma_bytes"]),
+        low_latency_mode=settings["low_latency_mode"],
+        masks_on_timeout=settings["enable_shrink"],
+        timeout_s=timeout_s,
+        device=device,
+    )
+    return CudaBackend(comm, topology, chosen)
 
 
 def _agree(comm: Communicator, settings: dict[str, Any], problem: EpcommError | None) -> None:
@@ -77,10 +86,10 @@ def _agree(comm: Communicator, settings: dict[str, Any], problem: EpcommError | 
         raise RankMismatch("Buffer: ranks disagree", differing)
 
 
-def _check_settings(num_nvl_bytes: int, num_rdma_bytes: int, backend: str, ranks_per_node: int | None) -> None:
+def _check_settings(sizes: dict[str, Any], backend: str, ranks_per_node: int | None) -> None:
     for name in env.VARIABLES:
         env.get(name)  # here, where all ranks hear of it, instead of in the middle of what follows
-    for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
+    for name, value in sizes.items():
         if not isinstance(value, int | np.integer) or value < 0:
             raise ShapeError(name, got=repr(value), wanted="a number of bytes, 0 or more")
     if ranks_per_node is not None and not isinstance(ranks_per_node, int | np.integer):
@@ -107,7 +116,7 @@ def _timeout(timeout_s: Any) -> float:
     return seconds
 
 
-def choose_backend(comm: Communicator, topology: Topology, wanted: str, low_latency_mode: bool) -> str:
+def choose_backend(comm: Communicator, topology: Topology, wanted: str) -> str:
     """ "host" or "cuda", the same on all ranks. Collective.
 
     Raises:
@@ -120,8 +129,6 @@ def choose_backend(comm: Communicator, topology: Topology, wanted: str, low_late
     from epcomm.backends import cuda
 
     problem = cuda.why_not()
-    if not problem and low_latency_mode:
-        problem = "low_latency_mode, which this release has on the host backend only"
     if not problem and (topology.num_nodes > 1 or len(topology.same_host_ranks) != comm.size):
         problem = f"ranks on {topology.num_nodes} nodes, where this release connects the GPUs of one"
     problems = {rank: text for rank, text in enumerate(comm.allgather(problem)) if text}

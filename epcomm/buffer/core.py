@@ -93,9 +93,10 @@ class BufferCore(Tuning):
             "enable_shrink": bool(enable_shrink),
             "backend": backend,
             "num_nvl_bytes": num_nvl_bytes,
+            "num_rdma_bytes": num_rdma_bytes,
         }
         seconds, self._check_routing = agree_on_settings(
-            self._comm, settings, num_rdma_bytes=num_rdma_bytes, ranks_per_node=ranks_per_node, timeout_s=timeout_s
+            self._comm, settings, ranks_per_node=ranks_per_node, timeout_s=timeout_s
         )
         self._topology = discover(self._comm, ranks_per_node)
         self.num_nvl_bytes, self.num_rdma_bytes = int(num_nvl_bytes), int(num_rdma_bytes)

@@ -5,34 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numpy.typing import NDArray
-
-from epcomm.arrays import empty, export_array, framework_of
-from epcomm.backends import LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable, Turn
+from epcomm.arrays import framework_of
+from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable, Turn
 from epcomm.buffer.arguments import writable_framework
-from epcomm.buffer.core import BufferCore
 from epcomm.buffer.low_latency_arguments import (
     low_latency_combine_request,
     low_latency_dispatch_request,
     low_latency_handle,
-    writable_masks,
 )
+from epcomm.buffer.low_latency_masks import LowLatencyMasks
 from epcomm.config import low_latency_size_hint
 from epcomm.errors import ImmutableArray, InputError, ShapeError, UnsupportedOption
-from epcomm.event import EventOverlap
 from epcomm.handle import LowLatencyCombineResult, LowLatencyDispatchResult, LowLatencyHandle, register_pytrees
-from epcomm.numerics import BFLOAT16
 
 __all__ = ["LowLatencyOperations"]
 
 
-class LowLatencyOperations(BufferCore):
+class LowLatencyOperations(LowLatencyMasks):
     """`low_latency_dispatch`, `low_latency_combine` and what belongs to them.
 
     R ranks, L local experts, T tokens of this rank, M the declared maximum of tokens a rank, K choices a token.
     """
 
-    _combine_buffer: NDArray[Any] | None = None  # what get_next_low_latency_combine_buffer handed out last
+    _combine_buffer: Array | None = None  # what get_next_low_latency_combine_buffer handed out last
 
     def low_latency_dispatch(
         self,
@@ -50,9 +45,11 @@ class LowLatencyOperations(BufferCore):
     ) -> LowLatencyDispatchResult:
         """Send tokens to their experts, grouped by expert on arrival, cast to fp8 on the way if asked for.
 
-        Collective. Waits for the peers, except with `return_recv_hook`: then the call only sends, and ``hook()``
-        receives. Two results may wait for their hook at a time. The rows of an expert are ordered by source rank,
-        then token, always.
+        Collective. With `return_recv_hook` the call only sends, and ``hook()`` receives; two results may wait for their
+        hook at a time. On the host backend whatever receives waits for the peers. On CUDA nothing blocks the host:
+        kernels run in the current stream of the framework of `x` (the hook's in the one that is current then), nothing
+        is on the GPU between send and receive, and calls can be captured in a graph. The rows of an expert are ordered
+        by source rank, then token, always.
 
         Args:
             x: bfloat16 ``[T, hidden]``, T at most M, contiguous, 16-byte aligned; with `use_fp8` hidden is a multiple
@@ -65,7 +62,8 @@ class LowLatencyOperations(BufferCore):
             use_fp8: cast rows to float8_e4m3fn with one scale for 128 channels.
             round_scale: round scales up to powers of two (with `use_fp8`).
             use_ue8m0: scales as exponent bytes (with `use_fp8` and `round_scale`).
-            async_finish: return before the work is done; not together with `return_recv_hook`.
+            async_finish: on CUDA work in the Buffer's own stream, and return an event of its end; not together with
+                `return_recv_hook`.
             return_recv_hook: see above.
 
         Returns:
@@ -76,14 +74,15 @@ class LowLatencyOperations(BufferCore):
             `use_fp8=False`). Rows past ``recv_count`` int32 ``[L]`` are undefined.
 
         Raises:
-            CapacityError: T is larger than M.
+            CapacityError: T is larger than M; on CUDA also `num_rdma_bytes` that are too few for these sizes.
             RingFull: two earlier results still wait for their hook.
             BufferStateError: other ranks have masked this one and went on; `low_latency_clean_mask_buffer` helps.
             ImmutableArray: statistics in JAX arrays, or JAX with `return_recv_hook` and fp8.
-            InputError, PeerError, RankMismatch, PeerTimeout: as in ``Buffer.dispatch``.
+            InputError, PeerError, RankMismatch, PeerTimeout: as in ``Buffer.dispatch``; on CUDA those of other ranks
+                come from `check`, and no row is moved.
         """
         with self._entered("low_latency_dispatch"):
-            turn = self._low_latency_turn("low_latency_dispatch", x)
+            turn = self._turn(Rejectable.LOW_LATENCY_DISPATCH, x, None, None, async_finish)
 
             def prepare() -> LowLatencyDispatchRequest:
                 self._check_low_latency(async_finish, return_recv_hook)
@@ -100,6 +99,7 @@ class LowLatencyOperations(BufferCore):
                     use_ue8m0=use_ue8m0,
                     return_recv_hook=return_recv_hook,
                     num_ranks=self.group_size,
+                    num_sms=self._num_sms(None),
                     check=self._check_routing,
                 )
 
@@ -108,24 +108,25 @@ class LowLatencyOperations(BufferCore):
             self._counters["low_latency_dispatch_calls"] += 1
             framework = framework_of(x)
             register_pytrees()
-            hook = self._hook("low_latency_dispatch", receive, return_recv_hook)
+            hook = self._hook("low_latency_dispatch", turn, framework, request, receive)
             handle = LowLatencyHandle(
                 src_info=outcome.src_info,
-                recv_begin=outcome.recv_begin,
-                recv_counts=outcome.recv_counts,
+                recv_ranges=outcome.recv_ranges,
                 num_max_dispatch_tokens_per_rank=request.num_max_dispatch_tokens_per_rank,
                 hidden=request.x.shape[1],
                 num_experts=request.num_experts,
                 buffer_id=self.id,
-                num_tokens=len(request.x),
+                num_tokens=request.x.shape[0],
                 framework=framework,
+                send_pos=outcome.send_pos,
+                send_begin=outcome.send_begin,
+                stream=turn.ref,
             )
-            recv_x = export_array(outcome.recv_x, framework)
+            event = turn.finish(request)
+            recv_x = turn.export(outcome.recv_x, framework)
             if outcome.recv_scales is not None:
-                recv_x = (recv_x, export_array(outcome.recv_scales, framework))
-            return LowLatencyDispatchResult(
-                recv_x, export_array(outcome.recv_count, framework), handle, EventOverlap(), hook
-            )
+                recv_x = (recv_x, turn.export(outcome.recv_scales, framework))
+            return LowLatencyDispatchResult(recv_x, turn.export(outcome.recv_count, framework), handle, event, hook)
 
     def low_latency_combine(
         self,
@@ -168,8 +169,7 @@ class LowLatencyOperations(BufferCore):
                 `low_latency_dispatch`.
         """
         with self._entered("low_latency_combine"):
-            own_out = out is None
-            turn = self._low_latency_turn("low_latency_combine", x)
+            turn = self._turn(Rejectable.LOW_LATENCY_COMBINE, x, None, None, async_finish)
 
             def prepare() -> LowLatencyCombineRequest:
                 self._check_low_latency(async_finish, return_recv_hook)
@@ -185,8 +185,11 @@ class LowLatencyOperations(BufferCore):
                     topk_weights,
                     checked,
                     self._in_place_rows(x, checked) if zero_copy else None,
-                    empty((checked.num_tokens, checked.hidden), BFLOAT16) if own_out else out,
+                    out,
                     combine_wait_recv_cost_stats,
+                    return_recv_hook=return_recv_hook,
+                    num_ranks=self.group_size,
+                    num_sms=self._num_sms(None),
                     check=self._check_routing,
                 )
 
@@ -194,14 +197,17 @@ class LowLatencyOperations(BufferCore):
             receive = self._backend.low_latency_combine(turn, request)
             self._combine_buffer = None
             self._counters["low_latency_combine_calls"] += 1
-            hook = self._hook("low_latency_combine", receive, return_recv_hook)
-            combined = export_array(request.out, framework_of(x)) if own_out else out
-            return LowLatencyCombineResult(combined, EventOverlap(), hook)
+            framework = framework_of(x)
+            hook = self._hook("low_latency_combine", turn, framework, request, receive)
+            event = turn.finish(request)
+            return LowLatencyCombineResult(turn.export(request.out, framework) if out is None else out, event, hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
         """Memory to write the experts' outputs into, for the next `low_latency_combine` with ``zero_copy=True``.
 
-        Not collective; waits until the peers have read what it held two combines ago. Undefined content.
+        Undefined content. Waits until the peers have read what the memory held two combines ago: on the host backend
+        here; on CUDA what is launched later in the current stream waits. Not collective, but on CUDA for the first call
+        of a size: that allocates two buffers on all ranks and blocks the host, and cannot be captured in a graph.
 
         Returns:
             bfloat16 ``[L, R * M, hidden]`` in the framework of the dispatch; valid until the next combine.
@@ -209,15 +215,21 @@ class LowLatencyOperations(BufferCore):
         Raises:
             ImmutableArray: a JAX handle. Call `low_latency_combine` without `zero_copy` there.
             RingFull: two combines still wait for their hook.
+            InputError: the first call of a size under capture.
+            CapacityError: no room on the GPU.
         """
         with self._entered("get_next_low_latency_combine_buffer"):
-            turn = self._low_latency_turn("get_next_low_latency_combine_buffer", None)
+            self._check_mode()
+            framework = handle.framework if isinstance(handle, LowLatencyHandle) else None
+            turn = self._backend.turn(framework, None, None, False)
             checked = low_latency_handle(handle, self.id, turn)
             writable_framework(
                 checked.framework, "get_next_low_latency_combine_buffer", "call low_latency_combine without zero_copy"
             )
-            self._combine_buffer = self._backend.low_latency_combine_buffer((*checked.src_info.shape, checked.hidden))
-            return export_array(self._combine_buffer, checked.framework)
+            shape = (*checked.src_info.shape, checked.hidden)
+            self._combine_buffer = self._backend.low_latency_combine_buffer(turn, shape)
+            turn.finish(None)
+            return turn.export(self._combine_buffer, checked.framework)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Kept for programs written for DeepEP: nothing has to be cleaned between modes or shapes. Not collective.
@@ -235,58 +247,12 @@ class LowLatencyOperations(BufferCore):
                     do="size the Buffer with get_low_latency_rdma_size_hint",
                 )
 
-    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leave a rank out of low-latency operations (`mask` True), or bring it back (False).
-
-        Masking is not collective and does not wait. Bringing back is collective over all ranks, that one included.
-
-        Raises:
-            InputError: no such rank, or this one.
-            UnsupportedOption: masking, with ranks that share no memory.
-            PeerTimeout: bringing back, a rank did not call.
-        """
-        with self._entered("low_latency_update_mask_buffer"):
-            if not 0 <= rank_to_mask < self.group_size or (mask and rank_to_mask == self.rank):
-                raise InputError("rank_to_mask", got=repr(rank_to_mask), wanted="another rank of this Buffer")
-            if mask:
-                self._backend.mask(rank_to_mask)
-            else:
-                self._backend.unmask([rank_to_mask])
-
-    def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
-        """Write 1 for every masked rank and 0 for the others into `mask_status`, int32 ``[R]``. Not collective."""
-        with self._entered("low_latency_query_mask_buffer"):
-            turn = self._low_latency_turn("low_latency_query_mask_buffer", mask_status)
-            writable_masks(turn, mask_status, self.group_size)[...] = self._backend.masks()
-
-    def low_latency_clean_mask_buffer(self) -> None:
-        """Bring all masked ranks back. Collective over all ranks; waits for them.
-
-        Raises:
-            PeerTimeout: a rank did not call.
-        """
-        with self._entered("low_latency_clean_mask_buffer"):
-            self._backend.unmask(list(range(self.group_size)))
-
-    def _low_latency_turn(self, operation: str, x: Any) -> Turn:
-        if self._backend.name == "cuda":
-            raise UnsupportedOption(
-                operation,
-                got="backend='cuda'",
-                wanted="the host backend, which alone has low-latency operations in this release",
-                do="use dispatch and combine on the GPU, or backend='host'",
-            )
-        return self._turn(None, x)
-
     def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
-        if not self.low_latency_mode:
-            raise InputError(
-                "low-latency operation", got="a Buffer with low_latency_mode=False", wanted="low_latency_mode=True"
-            )
+        self._check_mode()
         if async_finish and return_recv_hook:
             raise InputError("async_finish", got="also return_recv_hook", wanted="one of the two")
 
-    def _in_place_rows(self, x: Any, handle: LowLatencyHandle) -> NDArray[Any]:
+    def _in_place_rows(self, x: Any, handle: LowLatencyHandle) -> Array:
         if framework_of(x) == "jax":
             raise ImmutableArray("zero_copy", got="a JAX array", do="call low_latency_combine without zero_copy")
         shape = (*handle.src_info.shape, handle.hidden)
@@ -298,16 +264,26 @@ class LowLatencyOperations(BufferCore):
             )
         return self._combine_buffer
 
-    def _hook(self, operation: str, receive: Callable[[], None], postponed: bool) -> Callable[[], None]:
+    def _hook(
+        self,
+        operation: str,
+        turn: Turn,
+        framework: str,
+        request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
+        receive: Callable[[Turn], None],
+    ) -> Callable[[], None]:
         """Run the receive half now, or return a function that runs it when it is first called."""
-        if not postponed:
-            receive()
+        if not request.is_postponed:
+            receive(turn)
             return lambda: None
-        pending = [receive]
+        pending = [(receive, request)]
 
         def hook() -> None:
             with self._entered(f"{operation} hook"):
                 if pending:
-                    pending.pop()()
+                    later = self._backend.turn(framework, None, None, False)
+                    receive, request = pending.pop()
+                    receive(later)
+                    later.finish(request)
 
         return hook

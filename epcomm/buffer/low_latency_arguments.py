@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Turn
 from epcomm.buffer.arguments import (
@@ -39,6 +38,7 @@ def low_latency_dispatch_request(
     use_ue8m0: bool,
     return_recv_hook: bool,
     num_ranks: int,
+    num_sms: int,
     check: bool,
 ) -> LowLatencyDispatchRequest:
     """The request of ``Buffer.low_latency_dispatch``."""
@@ -77,6 +77,8 @@ def low_latency_dispatch_request(
         if expert_stats is None
         else writable_argument(turn, expert_stats, "cumulative_local_expert_recv_stats", INT32, (num_local,)),
         wait_stats=_wait_stats(turn, wait_stats, "dispatch_wait_recv_cost_stats", num_ranks),
+        num_sms=num_sms,
+        is_postponed=bool(return_recv_hook),
     )
 
 
@@ -97,10 +99,13 @@ def low_latency_combine_request(
     topk_idx: Any,
     topk_weights: Any,
     handle: LowLatencyHandle,
-    in_place: NDArray[Any] | None,
+    in_place: Array | None,
     out: Any,
     wait_stats: Any,
     *,
+    return_recv_hook: bool,
+    num_ranks: int,
+    num_sms: int,
     check: bool,
 ) -> LowLatencyCombineRequest:
     """The request of ``Buffer.low_latency_combine``.
@@ -108,20 +113,25 @@ def low_latency_combine_request(
     Args:
         handle: a handle that `low_latency_handle` has checked.
         in_place: with zero_copy, the memory that get_next_low_latency_combine_buffer returned.
-        out: where the sums go.
+        out: where the sums go, None for new memory.
     """
     num_local, max_rows = handle.src_info.shape
     view = rows_argument(turn, x, "x", (BFLOAT16,), ndim=3)
     turn.check(view, "x", shape=(num_local, max_rows, handle.hidden))
     indices = topk_indices(turn, topk_idx, handle.num_tokens, handle.num_experts, check)
+    sums = (handle.num_tokens, handle.hidden)
     return LowLatencyCombineRequest(
         x=turn.take(view) if in_place is None else in_place,
         topk_idx=turn.take(indices),
         topk_weights=turn.take(array_argument(turn, topk_weights, "topk_weights", (FLOAT32,), indices.shape)),
         handle=handle,
-        out=writable_argument(turn, out, "out", BFLOAT16, (handle.num_tokens, handle.hidden)),
-        wait_stats=_wait_stats(turn, wait_stats, "combine_wait_recv_cost_stats", handle.recv_counts.shape[1]),
+        out=turn.new(sums, BFLOAT16)
+        if out is None
+        else writable_argument(turn, out, "out", BFLOAT16, sums, aligned=True),
+        wait_stats=_wait_stats(turn, wait_stats, "combine_wait_recv_cost_stats", num_ranks),
         zero_copy=in_place is not None,
+        num_sms=num_sms,
+        is_postponed=bool(return_recv_hook),
     )
 
 

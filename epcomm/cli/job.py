@@ -91,7 +91,7 @@ def run(
     return returncode if returncode >= 0 else 128 - returncode  # as shells report signals
 
 
-def backend_here(wanted: str, *, low_latency: bool = False) -> str:
+def backend_here(wanted: str) -> str:
     """The backend, "host" or "cuda", that a Buffer of one rank would have on this machine. Makes no CUDA context.
 
     Raises:
@@ -100,7 +100,7 @@ def backend_here(wanted: str, *, low_latency: bool = False) -> str:
     from epcomm.buffer.construction import choose_backend
 
     comm = SoloCommunicator()
-    return choose_backend(comm, discover(comm, 1), wanted, low_latency)
+    return choose_backend(comm, discover(comm, 1), wanted)
 
 
 def _service(command: str, choice: str, backend: str, num_ranks: int) -> AbstractContextManager[dict[str, str]]:

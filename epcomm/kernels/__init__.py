@@ -1,9 +1,18 @@
 """Every kernel: its program, its argument struct and its launch shape. Nothing here touches a GPU."""
 
 from epcomm.jit import Program
-from epcomm.kernels import barrier, combine, dispatch, dispatch_layout, exchange
+from epcomm.kernels import (
+    barrier,
+    combine,
+    dispatch,
+    dispatch_layout,
+    exchange,
+    low_latency_combine,
+    low_latency_dispatch,
+    low_latency_service,
+)
 
-__all__ = ["PROGRAMS"]
+__all__ = ["LOW_LATENCY_PROGRAMS", "PROGRAMS"]
 
 PROGRAMS: tuple[Program, ...] = (
     dispatch_layout.PROGRAM,
@@ -11,4 +20,11 @@ PROGRAMS: tuple[Program, ...] = (
     dispatch.PROGRAM,
     *combine.PROGRAMS.values(),
     barrier.PROGRAM,
+)
+
+# Only Buffers with low_latency_mode need these.
+LOW_LATENCY_PROGRAMS: tuple[Program, ...] = (
+    low_latency_dispatch.PROGRAM,
+    low_latency_combine.PROGRAM,
+    low_latency_service.PROGRAM,
 )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from epcomm.config import NUM_LOW_LATENCY_SLOTS
+
 __all__ = [
     "HOST_PAGE",
+    "LOW_LATENCY_COMBINE",
+    "LOW_LATENCY_DISPATCH",
     "MAX_LOCAL_EXPERTS",
     "MAX_RANKS",
     "MAX_TOPK",
@@ -33,7 +37,12 @@ WORKSPACE_BYTES = 1 << 20
 # What a rank says instead of the offset of a block.
 THROUGH_WINDOW, REJECTED, NO_BLOCK = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
 
-OPERATIONS = ("dispatch, counts", "dispatch", "combine", "barrier")
+LOW_LATENCY_DISPATCH, LOW_LATENCY_COMBINE = 4, 6  # of slot 0
+OPERATIONS = (
+    *("dispatch, counts", "dispatch", "combine", "barrier"),
+    *["low_latency_dispatch"] * NUM_LOW_LATENCY_SLOTS,
+    *["low_latency_combine"] * NUM_LOW_LATENCY_SLOTS,
+)
 PHASES = ("counts", "entry", "done", "ready", "ack")
 
 HOST_PAGE = np.dtype(
@@ -51,7 +60,8 @@ HOST_PAGE = np.dtype(
         ("mismatch_operation", "<u4"),
         ("num_voids", "<u4"),
         ("seen_voids", "<u4"),
-        ("unused", "<u4", 19),
+        ("num_left_behind", "<u4"),
+        ("unused", "<u4", 18),
         ("tag", "<u4"),
         ("verdict", "<u4"),
         ("num_received", "<u4"),

@@ -46,6 +46,37 @@ def test_everything_is_checked_and_measured(ranks, dtype, tmp_path):
         assert (record["floor_us"] is None) == (record["operation"] == "get_dispatch_layout")
 
 
+@pytest.mark.parametrize(("ranks", "hidden", "num_rows"), [(1, 264, 5), (2, 512, 8)])
+def test_low_latency_is_checked_and_measured(ranks, hidden, num_rows, tmp_path):
+    file = tmp_path / "lines.json"
+    sizes = ["--tokens=12", f"--hidden={hidden}", "--experts=16", "--topk=4", "--repeats=4"]
+    done = epcomm("bench", "--mode=low-latency", f"--ranks={ranks}", "--sms=4,2", f"--json={file}", *sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every row of every rank was right in all its bits, before and after" in done.stdout
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["sms"] for record in records] == num_rows * [4] + num_rows * [2]
+    for record in records:
+        assert 0 < record["p50_us"] <= record["p99_us"]
+        assert min(record["row_us"], record["graph_us"], record["python_us"]) > 0
+        assert (record["send_us"] is None) == record["operation"].startswith("pair")
+
+
+def test_one_wrong_bit_of_low_latency_ends_it():
+    wrong = WRONG.replace("Buffer.combine", "Buffer.low_latency_combine")
+    done = subprocess.run(
+        [sys.executable, "-c", wrong, "--mode=low-latency", *SMALL],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": import_path()},
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "combine, outside: sums differ" in done.stderr
+
+
 WRONG = """
 import sys
 import epcomm

@@ -1,11 +1,12 @@
 """Mistakes of one rank on a GPU: who raises what, in which call or check, and that the Buffer works afterwards.
 
-A dispatch exchanges counts, and all ranks raise in that call. A cached dispatch, one with `num_worst_tokens` and a
-combine do not wait for anybody: the rank with the mistake raises, and the others learn of it from `check`.
+A dispatch exchanges counts, and all ranks raise in that call. A cached dispatch, one with `num_worst_tokens`, a combine
+and all of low latency wait for nobody: the rank with the mistake raises, and the others learn of it from `check`.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -51,7 +52,9 @@ cupy = need_gpu()
 pytestmark = pytest.mark.gpu
 
 COUNTED = [m for m in MISTAKES if m.operation == "dispatch"]
-UNCOUNTED = [m for m in MISTAKES if m.operation in ("cached_dispatch", "combine")]
+WAITING_FOR_NOBODY = ("cached_dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+# Arrays of GPUs are never read-only.
+UNCOUNTED = [m for m in MISTAKES if m.operation in WAITING_FOR_NOBODY and not m.name.endswith("read_only")]
 # These contradict the worst case itself, or are about the layout of calls that have no worst case.
 WORST = [m for m in COUNTED if m.name not in ("negative_worst_case", "counts_against_the_mask")]
 BY_NAME = {case.name: case for case in CASES}
@@ -61,12 +64,15 @@ def make_buffer(comm=None, num_nvl_bytes: int = 16 << 20, **settings) -> Buffer:
     return Buffer(comm, num_nvl_bytes, backend="cuda", timeout_s=TIMEOUT_S, **settings)
 
 
+LOW_LATENCY = {"num_rdma_bytes": 4 << 20, "low_latency_mode": True}
+
+
 @pytest.fixture(scope="module")
 def buffer():
     """One Buffer outlives all mistakes of a job. It looks at every index."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EPCOMM_CHECK", "1")
-        shared = make_buffer()
+        shared = make_buffer(**LOW_LATENCY)
     with shared:
         yield shared
 
@@ -74,7 +80,7 @@ def buffer():
 @pytest.fixture(scope="module")
 def careless_buffer():
     """One that does not look at indices, and so comes to ask the others."""
-    with make_buffer() as shared:
+    with make_buffer(**LOW_LATENCY) as shared:
         yield shared
 
 
@@ -107,9 +113,7 @@ def test_disagreement(comm, careless_buffer, disagreement):
 
 
 @pytest.mark.ranks((2, 3))
-@pytest.mark.parametrize(
-    "disagreement", [d for d in DISAGREEMENTS if d.operation in ("cached_dispatch", "combine")], ids=str
-)
+@pytest.mark.parametrize("disagreement", [d for d in DISAGREEMENTS if d.operation in WAITING_FOR_NOBODY], ids=str)
 def test_disagreement_in_a_call_that_waits_for_nobody(comm, careless_buffer, disagreement):
     """No row is moved on any rank, and all hear from `check` of the values that differ."""
     scene = set_scene(careless_buffer, disagreement.operation)
@@ -291,14 +295,33 @@ def test_more_sms_than_there_are(comm, num_ranks):
 
 
 @pytest.mark.ranks(2)
-def test_low_latency_calls_are_not_there(comm, buffer):
+def test_low_latency_calls_want_low_latency_mode(comm):
     mine = moe.inputs(comm.rank, comm.size)
     arguments = (CUPY.up(mine.x), CUPY.up(mine.topk_idx), moe.MAX_TOKENS, moe.num_experts(comm.size))
-    with raises(UnsupportedOption, "^backend='cuda': got .*low_latency_mode"):
-        make_buffer(comm, low_latency_mode=True)
-    with pytest.raises((UnsupportedOption, InputError), match="low_latency"):
-        buffer.low_latency_dispatch(*arguments)
-    moe.assert_works(buffer)
+    with make_buffer(comm) as buffer:
+        with raises(InputError, "^low-latency operation: got a Buffer with low_latency_mode=False"):
+            buffer.low_latency_dispatch(*arguments)
+        buffer.check()
+        moe.assert_works(buffer)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("operation", ["low_latency_dispatch", "low_latency_combine"])
+def test_mistakes_in_both_slots_and_in_halves(comm, buffer, operation):
+    """A rejected call takes one slot on every rank, whether the others receive at once or later."""
+    mistake = next(m for m in MISTAKES if m.operation == operation and m.name == "topk_idx_too_short")
+    for number in range(5):
+        scene = set_scene(buffer, operation)
+        is_bad = comm.rank == number % 2
+        changes = {"return_recv_hook": number > 2, **(mistake.change(scene) if is_bad else {})}
+        if is_bad:
+            assert error_of(functools.partial(call, scene, operation, changes)) is not None
+        else:
+            call(scene, operation, changes).hook()
+        CUPY.synchronize()
+        comm.barrier()
+        assert type(error_of(buffer.check)) is (type(None) if is_bad else PeerError)
+        assert_still_works(buffer, operation)
 
 
 @pytest.mark.ranks(2)

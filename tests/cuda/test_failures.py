@@ -31,11 +31,13 @@ WAITS = {
     "worst_case": ("dispatch", "dispatch, counts", "counts", {"num_worst_tokens": 64}),
     "cached_dispatch": ("cached_dispatch", "dispatch", "entry", {}),
     "combine": ("combine", "combine", "entry", {}),
+    "low_latency_dispatch": ("low_latency_dispatch", "low_latency_dispatch", "done", {}),
+    "low_latency_combine": ("low_latency_combine", "low_latency_combine", "done", {}),
 }
 
 
 def make_buffer(comm, timeout_s: float = TIMEOUT_S, num_nvl_bytes: int = ARENA_BYTES) -> Buffer:
-    return Buffer(comm, num_nvl_bytes, backend="cuda", timeout_s=timeout_s)
+    return Buffer(comm, num_nvl_bytes, 4 << 20, low_latency_mode=True, backend="cuda", timeout_s=timeout_s)
 
 
 def call_and_hear(scene, operation, keywords=None):

@@ -58,7 +58,8 @@ def set_scene(buffer: Buffer, operation: str) -> Scene:
         received = moe.send(buffer, mine)
         return dataclasses.replace(scene, received=DispatchResult(*down(received[:3]), *received[3:]))
     if operation == "low_latency_combine":
-        return dataclasses.replace(scene, arrived=buffer.low_latency_dispatch(**_low_latency_dispatch(scene)))
+        arrived = buffer.low_latency_dispatch(**up_all(frames_of(buffer), _low_latency_dispatch(scene)))
+        return dataclasses.replace(scene, arrived=LowLatencyDispatchResult(*down(arrived[:2]), *arrived[2:]))
     return scene
 
 

@@ -118,13 +118,15 @@ def assert_throughput_works(buffer: Buffer, seed: int, frames: Frames | None = N
 def assert_low_latency_works(buffer: Buffer, seed: int) -> None:
     """Low-latency dispatch and combine. Collective."""
     mine, wanted = inputs(buffer.rank, buffer.group_size, seed), _oracle_of(buffer, seed)
-    dispatched = wanted.low_latency[buffer.rank]
-    got = buffer.low_latency_dispatch(mine.x, mine.topk_idx, MAX_TOKENS, num_experts(buffer.group_size), use_fp8=False)
-    assert_bitwise(got.recv_count, dispatched.recv_count, "recv_count")
+    dispatched, up = wanted.low_latency[buffer.rank], frames_of(buffer).up
+    topk_idx, num = up(mine.topk_idx), num_experts(buffer.group_size)
+    got = buffer.low_latency_dispatch(up(mine.x), topk_idx, MAX_TOKENS, num, use_fp8=False)
+    assert_bitwise(down(got.recv_count), dispatched.recv_count, "recv_count")
+    recv_x = down(got.recv_x)
     for expert, count in enumerate(dispatched.recv_count):
-        assert_bitwise(got.recv_x[expert, :count], dispatched.recv_x[expert, :count], f"recv_x of expert {expert}")
-    combined, _, _ = buffer.low_latency_combine(got.recv_x, mine.topk_idx, mine.topk_weights, got.handle)
-    assert_bitwise(combined, wanted.low_latency_combined[buffer.rank], "low-latency combined_x")
+        assert_bitwise(recv_x[expert, :count], dispatched.recv_x[expert, :count], f"recv_x of expert {expert}")
+    combined, _, _ = buffer.low_latency_combine(got.recv_x, topk_idx, up(mine.topk_weights), got.handle)
+    assert_bitwise(down(combined), wanted.low_latency_combined[buffer.rank], "low-latency combined_x")
 
 
 def _oracle_of(buffer: Buffer, seed: int) -> Oracle:

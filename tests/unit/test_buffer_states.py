@@ -82,7 +82,12 @@ def test_wrong_settings_of_one_rank(settings, error, message):
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("low_latency_mode", (True, False)), ("enable_shrink", (False, True)), ("backend", ("auto", "host"))],
+    [
+        ("low_latency_mode", (True, False)),
+        ("enable_shrink", (False, True)),
+        ("backend", ("auto", "host")),
+        ("num_rdma_bytes", (0, 64)),
+    ],
 )
 def test_ranks_that_disagree_about_settings(name, values):
     def program(comm):
@@ -94,14 +99,14 @@ def test_ranks_that_disagree_about_settings(name, values):
     run_local(3, program)
 
 
-@pytest.mark.parametrize("need", ["gpu", "low_latency", "one_node"])
+@pytest.mark.parametrize("need", ["gpu", "one_node"])
 def test_what_one_rank_lacks_for_cuda(need, monkeypatch):
     """ "cuda" raises on all ranks, "auto" takes the host backend on all of them."""
     monkeypatch.delenv("EPCOMM_BACKEND", raising=False)
     missing = {}
     monkeypatch.setattr("epcomm.backends.cuda.why_not", lambda: missing[threading.get_ident()])
-    settings = {"low_latency": {"low_latency_mode": True}, "one_node": {"ranks_per_node": 1}}.get(need, {})
-    reason = {"gpu": "rank 1: no GPU", "low_latency": "rank 0: low_latency_mode", "one_node": "rank 0: ranks on 3 n"}
+    settings = {"ranks_per_node": 1} if need == "one_node" else {}
+    reason = {"gpu": "rank 1: no GPU", "one_node": "rank 0: ranks on 3 n"}
 
     def program(comm):
         missing[threading.get_ident()] = "no GPU" if need == "gpu" and comm.rank == 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -157,9 +158,13 @@ LOW_LATENCY = {"num_max_dispatch_tokens_per_rank": 128, "hidden": 7168, "num_ran
     list(itertools.product([1, 128], [8, 128, 7168], [1, 3, 8], [24, 288])),
 )
 def test_low_latency_formula(tokens, hidden, num_ranks, num_experts):
-    groups = round_up(hidden, 128) // 128
-    message = 16 + round_up(max(2 * hidden, hidden + 4 * groups), 16) + METADATA_BYTES
-    wanted = round_up(2 * num_ranks * tokens * message + 2 * 16 * num_experts * num_ranks, 2 * MIB)
+    groups, num_local = round_up(hidden, 128) // 128, num_experts // num_ranks
+    row = max(2 * hidden, hidden + 4 * groups)
+    choices = 4 * (num_local * (round_up(tokens, 32) // 32 + 1) + 1)
+    dispatch = round_up(choices, 128) + tokens * round_up(row, 128)
+    combine = (round_up(4 * num_experts, 128) + tokens * 10 * 2 * hidden) / 10
+    lane = round_up(math.ceil(max(dispatch, combine)), 128)
+    wanted = round_up(2 * (num_ranks + 10) * lane, 2 * MIB)
     assert Buffer.get_low_latency_rdma_size_hint(tokens, hidden, num_ranks, num_experts) == wanted
 
 

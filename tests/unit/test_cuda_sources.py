@@ -17,7 +17,8 @@ def programs() -> tuple:
     """What the package compiles at run time."""
     if importlib.util.find_spec("epcomm.kernels") is None:
         return ()
-    return tuple(importlib.import_module("epcomm.kernels").PROGRAMS)
+    kernels = importlib.import_module("epcomm.kernels")
+    return (*kernels.PROGRAMS, *kernels.LOW_LATENCY_PROGRAMS)
 
 
 def test_sources_are_found() -> None:

@@ -13,7 +13,6 @@ from epcomm import cli, env
 from epcomm.bootstrap import mps
 from epcomm.cli import job
 from epcomm.cli.bench.cuda import construction
-from epcomm.errors import UnsupportedOption
 
 CHANGES = {"CUDA_MPS_PIPE_DIRECTORY": "here"}
 
@@ -64,12 +63,6 @@ def test_mps_that_was_asked_for_must_be_there(machine, monkeypatch, capsys):
     monkeypatch.setattr(job, "run_ranks", lambda *_, **__: pytest.fail("ranks were started"))
     assert cli.main(["demo", "--ranks=3", "--experts=6", "--topk=2", "--backend=host", "--mps=on"]) == 1
     assert f"no {mps.PROGRAM} on PATH" in capsys.readouterr().err
-
-
-def test_low_latency_is_on_the_host():
-    assert job.backend_here("auto", low_latency=True) == "host"
-    with pytest.raises(UnsupportedOption, match="backend='cuda'"):
-        job.backend_here("cuda", low_latency=True)
 
 
 # -- construction times -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from epcomm.backends.cuda.placement import default_num_sms
 from epcomm.errors import CapacityError
-from epcomm.kernels import combine, dispatch, dispatch_layout
+from epcomm.kernels import combine, dispatch, dispatch_layout, low_latency
 from epcomm.kernels.layout import MAX_RANKS, UNIT
 from epcomm.kernels.rows import Pieces, stage_memory
 from epcomm.kernels.window import WINDOW_BYTES, Window
@@ -83,6 +83,30 @@ def test_slots(sizes):
         assert ends[-1] <= slot.num_bytes
         assert slot.num_bytes % 16 == 0
         assert all(start % 8 == 0 for start in slot.fields)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 1024, 100000])
+@pytest.mark.parametrize("num_warps", [16, 256])
+def test_low_latency_pieces(num_rows, num_warps):
+    """Multiples of what a warp moves at once, that cover the row; enough of them, or as small as can be."""
+    for row_bytes in ROW_BYTES:
+        piece = low_latency.piece_bytes(row_bytes, num_rows, num_warps)
+        assert piece % 512 == 0
+        assert 512 <= piece <= 4096
+        assert piece == 512 or num_rows * -(-row_bytes // 4096) >= 2 * num_warps or piece < 4096 or row_bytes <= 4096
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8, 32])
+@pytest.mark.parametrize("num_bytes", [0, 1 << 20, 80 << 20])
+def test_low_latency_slots_do_not_overlap(num_bytes, num_ranks):
+    area = low_latency.Area(4096, num_bytes, num_ranks)
+    slots = [area.dispatch_slot(0), area.dispatch_slot(1), area.combine_slot(0), area.combine_slot(1)]
+    end = 4096
+    for slot in slots:
+        assert slot.offset == end
+        assert slot.offset % UNIT == 0
+        end += slot.num_bytes
+    assert end <= 4096 + num_bytes
 
 
 def test_a_row_that_is_larger_than_a_window():

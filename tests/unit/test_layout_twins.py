@@ -11,8 +11,21 @@ import pytest
 from helpers.nvrtc import compile_cubin, needs_offsetof
 
 from epcomm.backends.cuda import page
+from epcomm.config import NUM_LOW_LATENCY_SLOTS
 from epcomm.errors import CompileError
-from epcomm.kernels import arguments, combine, dispatch, dispatch_layout, exchange, layout, window
+from epcomm.kernels import (
+    arguments,
+    combine,
+    dispatch,
+    dispatch_layout,
+    exchange,
+    layout,
+    low_latency,
+    low_latency_combine,
+    low_latency_dispatch,
+    low_latency_service,
+    window,
+)
 
 WINDOW = ("window.offset", "window.area_bytes", "window.slot_bytes", "window.num_slots")
 
@@ -93,6 +106,44 @@ STRUCTS = {
     ),
 }
 
+SLOT = [
+    *words("slot.offset slot.num_bytes slot.operation slot.halves slot.is_rejected slot.leaves_late"),
+    *array("slot.agreed", layout.NUM_ENTRY_AGREED),
+]
+STRUCTS |= {
+    "LowLatencyDispatchArgs": (
+        "kernels/low_latency_dispatch.cu",
+        arguments.COMM.size,
+        low_latency_dispatch.FIELDS,
+        [
+            *SLOT,
+            *words("lane_bytes rows_offset row_stride x topk_idx send_pos recv_x recv_scales recv_count src_info"),
+            *words("layout_range send_begin expert_stats wait_stats cast send_vectors receive_bytes hidden num_tokens"),
+            *words("num_topk index_bytes num_local_experts max_tokens unused"),
+        ],
+    ),
+    "LowLatencyCombineArgs": (
+        "kernels/low_latency_combine.cu",
+        arguments.COMM.size,
+        low_latency_combine.FIELDS,
+        [
+            *SLOT,
+            *array("buffer", layout.MAX_RANKS),
+            *words("rows_offset x topk_idx topk_weights send_pos layout_range send_begin out wait_stats row_bytes"),
+            *words("push_bytes sum_bytes is_pulled num_tokens num_topk index_bytes num_local_experts max_rows unused"),
+        ],
+    ),
+    "LowLatencyServiceArgs": (
+        "kernels/low_latency_service.cu",
+        arguments.COMM.size,
+        low_latency_service.FIELDS,
+        [
+            *words("operation leaves_late set clear masks sequences"),
+            *array("resume", 2 * NUM_LOW_LATENCY_SLOTS),
+        ],
+    ),
+}
+
 CONSTANTS = {
     "kMaxRanks": layout.MAX_RANKS,
     "kMaxLocalExperts": layout.MAX_LOCAL_EXPERTS,
@@ -103,6 +154,8 @@ CONSTANTS = {
     "kThroughWindow": layout.THROUGH_WINDOW,
     "kRejected": layout.REJECTED,
     "kNoBlock": layout.NO_BLOCK,
+    "kNumSlots": NUM_LOW_LATENCY_SLOTS,
+    "kNumOperations": len(layout.OPERATIONS),
     "kTimeout": page._TIMEOUT,
     "kPoisoned": page._POISONED,
     "kAborted": page._ABORTED,
@@ -127,6 +180,8 @@ CONSTANTS = {
             "kDispatch": "dispatch",
             "kCombine": "combine",
             "kBarrier": "barrier",
+            "kLowLatencyDispatch": "low_latency_dispatch",
+            "kLowLatencyCombine": "low_latency_combine",
         }.items()
     },
 }
@@ -190,6 +245,19 @@ def test_numbers():
     assert_compiles("common/layout.cuh", "".join(same(f"{name} == {value}u") for name, value in CONSTANTS.items()))
     assert_compiles("kernels/exchange.cu", same(f"kStatusCounts == {exchange.STATUS_COUNTS}"))
     assert_compiles("kernels/exchange.cu", same(f"kThreads == {exchange.THREADS}"))
+    low = {
+        "kThreads": low_latency.THREADS,
+        "kSend": low_latency.SEND,
+        "kReceive": low_latency.RECEIVE,
+        "32 * kBitWords": low_latency_dispatch.MAX_TOKENS,
+        "kBf16": low_latency_dispatch.BF16,
+        "kFp8": low_latency_dispatch.FP8,
+        "kFp8PowerOfTwo": low_latency_dispatch.FP8_POWER_OF_TWO,
+        "kFp8Exponents": low_latency_dispatch.FP8_EXPONENTS,
+    }
+    source = "kernels/low_latency_dispatch.cu"
+    assert_compiles(source, "".join(same(f"{name} == {value}u") for name, value in low.items()))
+    assert_compiles("kernels/low_latency_combine.cu", same(f"kThreads == {low_latency.THREADS}"))
 
 
 @needs_offsetof

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, StreamRef
-from epcomm.backends.agreement import CACHED_DISPATCH, COMBINE, DISPATCH, check_agreed
+from epcomm.arrays import ArrayView, StreamRef, to_host
+from epcomm.backends.agreement import (
+    CACHED_DISPATCH,
+    COMBINE,
+    DISPATCH,
+    LOW_LATENCY_COMBINE,
+    LOW_LATENCY_DISPATCH,
+    check_agreed,
+)
+from epcomm.backends.cuda import low_latency
 from epcomm.backends.cuda.combine import combine, reject_combine
 from epcomm.backends.cuda.dispatch import (
     ELSEWHERE,
@@ -20,7 +28,7 @@ from epcomm.backends.cuda.dispatch import (
     reject_exchange,
     reject_move,
 )
-from epcomm.backends.cuda.job import Job
+from epcomm.backends.cuda.job import Job, Settings
 from epcomm.backends.cuda.turn import CudaTurn, output
 from epcomm.backends.protocol import (
     CombineOutcome,
@@ -34,12 +42,26 @@ from epcomm.backends.protocol import (
     Rejectable,
 )
 from epcomm.bootstrap import Communicator, Topology
-from epcomm.errors import CapacityError, EpcommError, PeerError, UnsupportedOption
+from epcomm.config import NUM_LOW_LATENCY_SLOTS
+from epcomm.errors import BufferStateError, CapacityError, EpcommError, PeerError, RingFull, UnsupportedOption
 from epcomm.event import EventOverlap
 from epcomm.kernels.exchange import STATUS_COUNTS
+from epcomm.kernels.layout import UNIT, round_up
 from epcomm.memory import Block
+from epcomm.numerics import BFLOAT16
 
 __all__ = ["CudaBackend"]
+
+_Request = TypeVar("_Request")
+_Outcome = TypeVar("_Outcome")
+
+# What the entries of a call without exchange agree on.
+_NAMES = {
+    "dispatch": CACHED_DISPATCH,
+    "combine": COMBINE,
+    "low_latency_dispatch": LOW_LATENCY_DISPATCH,
+    "low_latency_combine": LOW_LATENCY_COMBINE,
+}
 
 
 class CudaBackend:
@@ -50,10 +72,8 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(
-        self, comm: Communicator, topology: Topology, num_arena_bytes: int, timeout_s: float, device: int | None
-    ) -> None:
-        self._job = Job(comm, topology, num_arena_bytes, timeout_s, device)
+    def __init__(self, comm: Communicator, topology: Topology, settings: Settings) -> None:
+        self._job = Job(comm, topology, settings)
         self._num_dropped = 0
 
     def enter(self) -> int | None:
@@ -75,28 +95,18 @@ class CudaBackend:
         return dispatch_layout(self._job, turn, topk_idx, num_experts)
 
     def dispatch(self, turn: CudaTurn, request: DispatchRequest) -> DispatchOutcome:
-        try:
-            return dispatch(self._job, turn, request)
-        except Exception as error:
-            if not turn.has_entered:
-                self.reject(turn, _operation(request), error)
-            raise
+        return self._run(dispatch, turn, request, _operation(request))
 
     def combine(self, turn: CudaTurn, request: CombineRequest) -> CombineOutcome:
-        try:
-            return combine(self._job, turn, request)
-        except Exception as error:
-            if not turn.has_entered:
-                self.reject(turn, Rejectable.COMBINE, error)
-            raise
+        return self._run(combine, turn, request, Rejectable.COMBINE)
 
     def low_latency_dispatch(
         self, turn: CudaTurn, request: LowLatencyDispatchRequest
-    ) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
-        _no_low_latency("low_latency_dispatch")
+    ) -> tuple[LowLatencyDispatchOutcome, Callable[[CudaTurn], None]]:
+        return self._run(low_latency.dispatch, turn, request, Rejectable.LOW_LATENCY_DISPATCH)
 
-    def low_latency_combine(self, turn: CudaTurn, request: LowLatencyCombineRequest) -> Callable[[], None]:
-        _no_low_latency("low_latency_combine")
+    def low_latency_combine(self, turn: CudaTurn, request: LowLatencyCombineRequest) -> Callable[[CudaTurn], None]:
+        return self._run(low_latency.combine, turn, request, Rejectable.LOW_LATENCY_COMBINE)
 
     def reject(self, turn: CudaTurn, operation: Rejectable, error: Exception) -> None:
         if turn.is_captured:
@@ -107,7 +117,29 @@ class CudaBackend:
             reject_move(self._job, turn)
         elif operation is Rejectable.COMBINE:
             reject_combine(self._job, turn)
-        # Low-latency calls are not here yet, so no rank waits in one.
+        elif self._job.has_low_latency:  # else all ranks raise the same error
+            reject_low_latency = {
+                Rejectable.LOW_LATENCY_DISPATCH: low_latency.reject_dispatch,
+                Rejectable.LOW_LATENCY_COMBINE: low_latency.reject_combine,
+            }
+            reject_low_latency[operation](self._job, turn)
+
+    def _run(
+        self,
+        run: Callable[[Job, CudaTurn, _Request], _Outcome],
+        turn: CudaTurn,
+        request: _Request,
+        operation: Rejectable,
+    ) -> _Outcome:
+        """An error before peers count on this call is told to them; but all ranks have used up their slots alike."""
+        try:
+            return run(self._job, turn, request)
+        except RingFull:
+            raise
+        except Exception as error:
+            if not turn.has_entered:
+                self.reject(turn, operation, error)
+            raise
 
     def combine_buffer(self, turn: CudaTurn, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> ArrayView:
         num_bytes = num_rows * hidden * dtype.itemsize
@@ -116,8 +148,14 @@ class CudaBackend:
             return turn.new((num_rows, hidden), dtype)  # combine takes its rows through the window
         return turn.over(block, 0, (num_rows, hidden), dtype)
 
-    def low_latency_combine_buffer(self, shape: tuple[int, int, int]) -> ArrayView:
-        _no_low_latency("get_next_low_latency_combine_buffer")
+    def low_latency_combine_buffer(self, turn: CudaTurn, shape: tuple[int, int, int]) -> ArrayView:
+        job = self._job
+        ptr = job.low_latency.combine_buffer(
+            turn.stream, turn.is_captured, round_up(math.prod(shape) * BFLOAT16.itemsize, UNIT)
+        )
+        owner = _Arena(ptr)
+        job.note_arena_view(owner)
+        return output(owner, 0, shape, BFLOAT16, job.device)
 
     def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
         job = self._job
@@ -135,14 +173,25 @@ class CudaBackend:
         """All ranks reach this point of their streams. Collective; does not block the host."""
         self._job.launch.barrier(turn.stream)
 
-    def mask(self, rank: int) -> None:
-        _no_low_latency("low_latency_update_mask_buffer")
+    def mask(self, turn: CudaTurn, rank: int) -> None:
+        self._job.low_latency.launch.service(turn.stream, mask=1 << rank)
 
-    def masks(self) -> NDArray[np.bool_]:
-        return np.zeros(self._job.size, np.bool_)
+    def query_masks(self, turn: CudaTurn, out: ArrayView) -> None:
+        self._job.low_latency.launch.service(turn.stream, masks=out.ptr)
 
-    def unmask(self, ranks: list[int]) -> None:
-        _no_low_latency("low_latency_clean_mask_buffer")
+    def unmask(self, turn: CudaTurn, ranks: list[int]) -> None:
+        job, low = self._job, self._job.low_latency
+        job.launch.barrier(turn.stream)  # bounded, unlike what the hosts say to each other
+        sequences = turn.new((2 * NUM_LOW_LATENCY_SLOTS,), np.dtype(np.uint32))
+        low.launch.service(turn.stream, sequences=sequences.ptr)
+        own = to_host(sequences, turn.stream)
+        if job.page.failed:
+            raise job.page.error()
+        # Sends that nobody received have come one call further.
+        everyone = np.array(job.comm.allgather(own.tolist()))
+        low.resume(turn.stream, (everyone.max(axis=0) + 1).tolist(), ranks)
+        job.cupy.cuda.runtime.streamSynchronize(turn.stream)
+        job.comm.barrier()
 
     def stats(self) -> dict[str, int]:
         counters: Counter[str] = self._job.counters
@@ -158,12 +207,19 @@ class CudaBackend:
         ranks = [other for other in page.take_rejections() if other != rank]  # the own error was raised in the call
         if ranks:
             return PeerError("an earlier call, of which no row was moved", dict.fromkeys(ranks, ELSEWHERE))
+        if page.take_left_behind():
+            return BufferStateError(
+                "an earlier low-latency call, of which no row was moved",
+                got="peers that went on without this rank, which is masked there",
+                wanted="all ranks in step",
+                do="call low_latency_clean_mask_buffer on all ranks to bring it back",
+            )
         void, mismatch = page.take_void(), page.take_mismatch()
         if void is not None:
             return self._why_void(*void)
         if mismatch is not None:
             operation, values = mismatch
-            names = COMBINE if operation == "combine" else CACHED_DISPATCH
+            names = _NAMES[operation]
             return _disagreement(f"an earlier {operation}, of which no row was moved", names, values)
         if page.dropped != self._num_dropped:
             dropped, self._num_dropped = page.dropped - self._num_dropped, page.dropped
@@ -222,9 +278,3 @@ def _disagreement(what: str, names: Sequence[str], values: list[list[int]]) -> E
     except EpcommError as error:
         return error
     raise AssertionError(f"{what}: equal values {values}")
-
-
-def _no_low_latency(what: str) -> NoReturn:
-    raise UnsupportedOption(
-        what, got="backend='cuda'", wanted="the host backend, so far", do="pass backend='host' for low latency"
-    )

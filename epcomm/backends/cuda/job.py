@@ -7,22 +7,46 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from epcomm.backends.cuda.forecast import Forecast
 from epcomm.backends.cuda.launcher import SCRATCH_BYTES, Launcher
 from epcomm.backends.cuda.page import HostPage
 from epcomm.backends.cuda.placement import Placement, agree_on_device, check_topology, default_num_sms
+from epcomm.backends.cuda.slots import LowLatency, LowLatencyLauncher
 from epcomm.backends.cuda.streams import Streams
 from epcomm.bootstrap import Communicator, LocalCommunicator, Topology
 from epcomm.errors import BufferDestroyed
 from epcomm.jit import Program, current_device, device_architecture, load_cupy, share_cubins
-from epcomm.kernels import PROGRAMS
+from epcomm.kernels import LOW_LATENCY_PROGRAMS, PROGRAMS
 from epcomm.kernels.arguments import comm_bytes
 from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES, round_up
+from epcomm.kernels.low_latency import Area
 from epcomm.kernels.window import WINDOW_BYTES, Window
 from epcomm.memory import Block, BlockPool, CudaTimeline, LocalPool, SymmetricMemory, close_or_park, sweep
 
-__all__ = ["Job"]
+__all__ = ["Job", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a Buffer asks for; the same on all ranks, but for the device.
+
+    Attributes:
+        num_arena_bytes: bytes of each rank's arena.
+        num_low_latency_bytes: bytes of its low-latency area.
+        low_latency_mode: low-latency operations are wanted.
+        masks_on_timeout: in them, ranks that do not come in time are masked.
+        timeout_s: bound of the waits on the GPU.
+        device: CUDA device number, or None.
+    """
+
+    num_arena_bytes: int
+    num_low_latency_bytes: int
+    low_latency_mode: bool
+    masks_on_timeout: bool
+    timeout_s: float
+    device: int | None
 
 
 class Job:
@@ -31,9 +55,7 @@ class Job:
     Args:
         comm: all ranks, on one host.
         topology: of the job.
-        num_arena_bytes: bytes of this rank's arena; the same on all ranks.
-        timeout_s: bound of the waits on the GPU.
-        device: CUDA device number, or None.
+        settings: of the Buffer.
 
     Raises:
         UnsupportedOption: several nodes, or too many ranks.
@@ -42,29 +64,28 @@ class Job:
         CompileError, MissingDependency: the kernels cannot be made.
     """
 
-    def __init__(
-        self, comm: Communicator, topology: Topology, num_arena_bytes: int, timeout_s: float, device: int | None
-    ) -> None:
+    def __init__(self, comm: Communicator, topology: Topology, settings: Settings) -> None:
         check_topology(comm, topology)
         self.cupy = cupy = load_cupy()
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.in_process = isinstance(comm, LocalCommunicator) and comm.size > 1
-        self.device = device = agree_on_device(comm, cupy, topology, device)
+        self.device = device = agree_on_device(comm, cupy, topology, settings.device)
         cupy.cuda.Device(device).use()
         with contextlib.suppress(IndexError):  # other ranks of this process empty the list, too
             while True:
                 _dropped.pop().close()
         sweep(synchronize=not self.in_process)
         architecture = device_architecture(device)
-        cubins = share_cubins(comm, topology.hosts, PROGRAMS, architecture)
+        programs = (*PROGRAMS, *(LOW_LATENCY_PROGRAMS if settings.low_latency_mode else ()))
+        cubins = share_cubins(comm, topology.hosts, programs, architecture)
         problem: Exception | None = None
         try:
-            self._prepare(cubins, architecture, timeout_s)
+            self._prepare(cubins, architecture, settings.timeout_s)
         except Exception as error:  # the others wait for this rank
             problem = error
         self.placement = Placement.agree(comm, device, problem)
         self.default_num_sms = default_num_sms(self.placement.num_sms, self.placement.ranks_on_gpu)
-        self._share_memory(num_arena_bytes, timeout_s)
+        self._share_memory(cubins, settings)
         self.window = Window(self.size)
         self.forecast = Forecast()
         self.counters: Counter[str] = Counter(
@@ -90,19 +111,24 @@ class Job:
         self.cupy.cuda.runtime.streamSynchronize(self.streams.own)
         self.launch = Launcher(cubins, architecture, self.device, self._scratch.ptr)
 
-    def _share_memory(self, num_arena_bytes: int, timeout_s: float) -> None:
-        self.arena_offset = WORKSPACE_BYTES + WINDOW_BYTES
-        wanted = self.arena_offset + round_up(num_arena_bytes, UNIT)
+    def _share_memory(self, cubins: Mapping[Program, bytes], settings: Settings) -> None:
+        self.arena_offset, timeout_s = WORKSPACE_BYTES + WINDOW_BYTES, settings.timeout_s
+        self.arena_bytes = round_up(settings.num_arena_bytes, UNIT)
+        area_offset = self.arena_offset + self.arena_bytes
+        wanted = area_offset + (settings.num_low_latency_bytes if settings.low_latency_mode else 0)
         self._memory = SymmetricMemory(self.comm, wanted, self.device, timeout_s=timeout_s)
         self.base = self._memory.bases[self.rank]
         region_bytes = min(self._memory.sizes)
-        self.arena_bytes = wanted - self.arena_offset
         start, may_synchronize = self.base + self.arena_offset, not self.in_process
         self.arena = BlockPool(start, self.arena_bytes, self._timeline, may_synchronize=may_synchronize)
         timeout_ns = int(timeout_s * 1e9)
-        self.launch.set_comm(
-            comm_bytes(self._memory.bases, self.page.address, region_bytes, timeout_ns, self.rank, self.size)
-        )
+        fixed = comm_bytes(self._memory.bases, self.page.address, region_bytes, timeout_ns, self.rank, self.size)
+        self.launch.set_comm(fixed)
+        self._low_latency: LowLatency | None = None
+        if settings.low_latency_mode:
+            area = Area(area_offset, settings.num_low_latency_bytes, self.size)
+            kernels = LowLatencyLauncher(cubins, self.device, fixed)
+            self._low_latency = LowLatency(self.comm, self.device, area, kernels, settings.masks_on_timeout, timeout_s)
 
     # -- device ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +172,17 @@ class Job:
         """The arena must stay as long as `owner`."""
         self._arena_views.add(owner)
 
+    @property
+    def has_low_latency(self) -> bool:
+        """Whether there are low-latency operations."""
+        return self._low_latency is not None
+
+    @property
+    def low_latency(self) -> LowLatency:
+        """Of a Buffer with low_latency_mode; the Buffer has checked that."""
+        assert self._low_latency is not None
+        return self._low_latency
+
     # -- bookkeeping ----------------------------------------------------------------------------------------------
 
     def next_tag(self) -> int:
@@ -188,7 +225,12 @@ class Job:
             if (
                 not self.page.failed and not self._arena_views
             ):  # after a failure late peers may still write: keep it until the process ends
-                close_or_park(self.arena, self._memory.close)
+                close_or_park(self.arena, self._close_memory)
+
+    def _close_memory(self) -> None:
+        self._memory.close()
+        if self._low_latency is not None:
+            self._low_latency.close()
 
 
 _dropped: list[Job] = []

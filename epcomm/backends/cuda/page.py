@@ -31,6 +31,7 @@ _TAG, _KIND, _ABORT = _word("tag"), _word("error_kind"), _word("abort")
 _VERDICT, _RECEIVED, _SENT, _EXPERT = _word("verdict"), _word("num_received"), _word("num_sent"), _word("expert")
 _DROPPED, _REJECTIONS = _word("dropped"), _word("num_rejections")
 _MISMATCHES, _SEEN_MISMATCHES = _word("num_mismatches"), _word("seen_mismatches")
+_LEFT_BEHIND = _word("num_left_behind")
 _VOIDS, _SEEN_VOIDS = _word("num_voids"), _word("seen_voids")
 
 
@@ -55,6 +56,7 @@ class HostPage:
         self._spin_s = _SPIN_AS_THREAD_S if in_process else _SPIN_S
         self._rank, self._num_ranks, self._timeout_s = rank, num_ranks, timeout_s
         self._seen_rejections = [0] * num_ranks
+        self._seen_left_behind = 0
 
     @property
     def failed(self) -> bool:
@@ -136,6 +138,12 @@ class HostPage:
         counts = self._words[_REJECTIONS : _REJECTIONS + self._num_ranks].tolist()
         seen, self._seen_rejections = self._seen_rejections, counts
         return [rank for rank in range(self._num_ranks) if counts[rank] != seen[rank]]
+
+    def take_left_behind(self) -> bool:
+        """Whether peers were ahead of this rank in a low-latency call, since the last look."""
+        number = self._words[_LEFT_BEHIND]
+        seen, self._seen_left_behind = self._seen_left_behind, number
+        return number != seen
 
     def take_mismatch(self) -> tuple[str, list[list[int]]] | None:
         """The first call without exchange whose ranks disagreed, since the last look: its name, and all values."""

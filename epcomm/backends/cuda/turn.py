@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +55,7 @@ class CudaTurn:
         self.is_captured = streams.enter(self.stream, keep)
         self.has_entered = False  # peers know of this call
         self._blocks: list[Block] = []
+        self._hides_end = self._keeps_inputs = False
 
     def _wait_for(self, previous: EventOverlap | None) -> None:
         if previous is not None and isinstance(previous.event, StreamEvent):
@@ -110,6 +112,19 @@ class CudaTurn:
         block = self._job.outputs.allocate(num_bytes, self.stream, is_captured=self.is_captured)
         return self.over(block, 0, shape, dtype)
 
+    def transposed(self, array: ArrayView) -> ArrayView:
+        """The same memory with its last two axes exchanged."""
+        *rest, rows, columns = array.shape
+        *steps, row_step, column_step = array.strides
+        return replace(array, shape=(*rest, columns, rows), strides=(*steps, column_step, row_step))
+
+    def use_outputs_of(self, earlier: CudaTurn) -> None:
+        """This call fills what `earlier` has allocated."""
+        for block in earlier._blocks:
+            block.note_reader(self.stream, self.ref.keep)
+        self._hides_end = self._framework in _HIDES_STREAM  # its arrays were handed out before
+        self._keeps_inputs = earlier.stream != self.stream  # their framework expects them to be free sooner
+
     def over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
         """An output in `block`, which it keeps alive."""
         if block not in self._blocks:
@@ -125,17 +140,26 @@ class CudaTurn:
         else:
             ready = None if self._is_async else self._callers
         return device_array(
-            framework, array.ptr, array.shape, array.dtype, owner=array.owner, device=array.device[1], stream=ready
+            framework,
+            array.ptr,
+            array.shape,
+            array.dtype,
+            owner=array.owner,
+            device=array.device[1],
+            stream=ready,
+            strides=None if array.contiguous else array.strides,
         )
 
     def finish(self, inputs: object) -> EventOverlap:
         """The call is launched: order the caller's stream behind it, or make the event by which the caller does."""
+        if self._hides_end:
+            self._job.cupy.cuda.runtime.streamSynchronize(self.stream)
         if self._is_async:
             event = StreamEvent(self.stream, self._framework, self._job.device, self._blocks)
             if not self.is_captured:  # who replays a graph keeps its inputs
                 self._job.streams.keep_until(event, inputs)
             return EventOverlap(event)
-        if self._callers is None or self._framework in _HIDES_STREAM:
+        if self._callers is None or self._framework in _HIDES_STREAM or self._keeps_inputs:
             event = StreamEvent(self.stream, self._framework, self._job.device)
             self._job.streams.keep_until(event, inputs)
         if self._callers is not None and self._callers != self.stream:

@@ -156,10 +156,10 @@ class HostBackend:
 
     def low_latency_dispatch(
         self, turn: HostTurn, request: LowLatencyDispatchRequest
-    ) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
+    ) -> tuple[LowLatencyDispatchOutcome, Callable[[HostTurn], None]]:
         return low_latency.dispatch(self._exchange, request)
 
-    def low_latency_combine(self, turn: HostTurn, request: LowLatencyCombineRequest) -> Callable[[], None]:
+    def low_latency_combine(self, turn: HostTurn, request: LowLatencyCombineRequest) -> Callable[[HostTurn], None]:
         return low_latency.combine(self._exchange, request)
 
     def reject(self, turn: HostTurn, operation: Rejectable, error: Exception) -> None:
@@ -172,7 +172,7 @@ class HostBackend:
     def combine_buffer(self, turn: HostTurn, num_rows: int, hidden: int, dtype: np.dtype[Any]) -> Array:
         return self._window(Ring.THROUGHPUT, Operation.COMBINE, (num_rows, hidden), dtype)
 
-    def low_latency_combine_buffer(self, shape: tuple[int, int, int]) -> Array:
+    def low_latency_combine_buffer(self, turn: HostTurn, shape: tuple[int, int, int]) -> Array:
         return self._window(Ring.LOW_LATENCY_COMBINE, Operation.LOW_LATENCY_COMBINE, shape, BFLOAT16)
 
     def _window(self, ring: Ring, operation: Operation, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -197,7 +197,7 @@ class HostBackend:
     def comm_stream(self) -> None:
         return None
 
-    def mask(self, rank: int) -> None:
+    def mask(self, turn: HostTurn, rank: int) -> None:
         if not self._exchange.one_host:
             raise UnsupportedOption(
                 "low_latency_update_mask_buffer",
@@ -207,10 +207,10 @@ class HostBackend:
             )
         self._exchange.masked[rank] = True
 
-    def masks(self) -> NDArray[np.bool_]:
-        return self._exchange.masked.copy()
+    def query_masks(self, turn: HostTurn, out: Array) -> None:
+        out[...] = self._exchange.masked
 
-    def unmask(self, ranks: list[int]) -> None:
+    def unmask(self, turn: HostTurn, ranks: list[int]) -> None:
         exchange, size = self._exchange, self._exchange.comm.size
         own = np.array([[exchange.sequence(ring) for ring in _LOW_LATENCY_RINGS]], np.int64)
         ticket = exchange.post(Operation.CLEAN_MASKS, Ring.SYNC, {}, [Field(own, to_all(1, size))])

@@ -13,6 +13,7 @@ from epcomm.backends.host.delivery import Delivery
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.fields import Field, as_bytes, by_index, by_range, to_all
 from epcomm.backends.host.header import Operation
+from epcomm.backends.host.turn import HostTurn
 from epcomm.backends.protocol import (
     LowLatencyCombineRequest,
     LowLatencyDispatchOutcome,
@@ -52,8 +53,7 @@ def _allocate(request: LowLatencyDispatchRequest, num_ranks: int) -> LowLatencyD
         recv_scales=scales,
         recv_count=empty((num_local,), np.int32, fill=0),
         src_info=empty((num_local, max_rows), np.int32, fill=-1),
-        recv_begin=empty((num_local, num_ranks), np.int32, fill=0),
-        recv_counts=empty((num_local, num_ranks), np.int32, fill=0),
+        recv_ranges=empty((num_local, num_ranks, 2), np.int32, fill=0),
     )
 
 
@@ -62,15 +62,15 @@ def _receive(delivery: Delivery, rank: int, request: LowLatencyDispatchRequest, 
     num_local, max_rows, _ = out.recv_x.shape
     flat_x = as_bytes(out.recv_x.reshape(num_local * max_rows, -1))
     num_topk = request.topk_idx.shape[1]
-    for source in range(out.recv_begin.shape[1]):
-        out.recv_begin[:, source] = out.recv_count
+    for source in range(out.recv_ranges.shape[1]):
+        out.recv_ranges[:, source, 1] = out.recv_count
         if source not in delivery.headers:
             continue  # masked
         topk_idx = delivery.rows(source, 0).reshape(-1).view(np.int64).reshape(-1, num_topk)
         mask = _expert_mask(topk_idx, rank * num_local, num_local)
         expert, token = np.nonzero(mask)
         counts = mask.sum(axis=1, dtype=np.int32)
-        out.recv_counts[:, source] = counts
+        out.recv_ranges[:, source, 0] = counts
         row = np.arange(len(token)) - np.repeat(np.cumsum(counts) - counts, counts) + out.recv_count[expert]
         out.src_info[expert, row] = token
         flat_x[expert * max_rows + row] = delivery.rows(source, 1)[token]
@@ -82,7 +82,7 @@ def _receive(delivery: Delivery, rank: int, request: LowLatencyDispatchRequest, 
 
 def dispatch(
     exchange: Exchange, request: LowLatencyDispatchRequest
-) -> tuple[LowLatencyDispatchOutcome, Callable[[], None]]:
+) -> tuple[LowLatencyDispatchOutcome, Callable[[HostTurn], None]]:
     """Send half now; the second result is the receive half."""
     size = exchange.comm.size
     everyone = to_all(len(request.x), size)
@@ -102,7 +102,7 @@ def dispatch(
     ticket = exchange.post(Operation.LOW_LATENCY_DISPATCH, Ring.LOW_LATENCY_DISPATCH, agreed, fields)
     outcome = _allocate(request, size)
 
-    def receive() -> None:
+    def receive(_: HostTurn) -> None:
         with exchange.collect(ticket) as delivery:
             _add_waits(request.wait_stats, delivery)
             _receive(delivery, exchange.comm.rank, request, outcome)
@@ -115,12 +115,13 @@ def dispatch(
 def _send_fields(request: LowLatencyCombineRequest) -> list[Field]:
     """Rows for each source rank: by local expert, then token. Copied together unless they lie in the window."""
     handle = request.handle
-    num_local, num_ranks = handle.recv_counts.shape
+    num_local, num_ranks, _ = handle.recv_ranges.shape
+    num_rows, begin = handle.recv_ranges[..., 0], handle.recv_ranges[..., 1]
     rows = request.x.reshape(num_local * request.x.shape[1], -1)
-    first_row = np.arange(num_local)[:, None] * request.x.shape[1] + handle.recv_begin
-    counts = handle.recv_counts.sum(axis=0, dtype=np.int64)
+    first_row = np.arange(num_local)[:, None] * request.x.shape[1] + begin
+    counts = num_rows.sum(axis=0, dtype=np.int64)
     order = [
-        np.arange(first_row[expert, source], first_row[expert, source] + handle.recv_counts[expert, source])
+        np.arange(first_row[expert, source], first_row[expert, source] + num_rows[expert, source])
         for source in range(num_ranks)
         for expert in range(num_local)
     ]
@@ -130,7 +131,7 @@ def _send_fields(request: LowLatencyCombineRequest) -> list[Field]:
     return [Field(rows.view(np.uint16)[indices], by_range(np.cumsum(counts) - counts, counts))]
 
 
-def combine(exchange: Exchange, request: LowLatencyCombineRequest) -> Callable[[], None]:
+def combine(exchange: Exchange, request: LowLatencyCombineRequest) -> Callable[[HostTurn], None]:
     """Send half now; the result is the receive half."""
     handle = request.handle
     agreed = {
@@ -142,7 +143,7 @@ def combine(exchange: Exchange, request: LowLatencyCombineRequest) -> Callable[[
     fields = _send_fields(request)
     ticket = exchange.post(Operation.LOW_LATENCY_COMBINE, Ring.LOW_LATENCY_COMBINE, agreed, fields)
 
-    def receive() -> None:
+    def receive(_: HostTurn) -> None:
         with exchange.collect(ticket) as delivery:
             _add_waits(request.wait_stats, delivery)
             _reduce(exchange, delivery, request)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, export_array, require
+from epcomm.arrays import ArrayView, empty, export_array, require
 from epcomm.event import EventOverlap
 
 __all__ = ["HostTurn"]
@@ -29,6 +30,9 @@ class HostTurn:
 
     def checked_values(self, view: ArrayView) -> NDArray[Any]:
         return view.numpy()
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        return empty(shape, dtype)
 
     def export(self, array: NDArray[Any], framework: str) -> Any:
         return export_array(array, framework)

@@ -7,7 +7,7 @@
     throughput.py    beside a bare Alltoallv of the same bytes
     low_latency.py
     report.py        the table, the JSON lines
-    cuda/            the throughput mode on GPUs
+    cuda/            both modes on GPUs
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _DEFAULTS = {
     ("throughput", "host"): (512, 1024, 64),
     ("throughput", "cuda"): (4096, 7168, 256),
     ("low-latency", "host"): (128, 1024, 64),
+    ("low-latency", "cuda"): (128, 7168, 256),
 }
 _MODES = ("throughput", "low-latency")
 _MAX_TOPK = 32
@@ -49,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     job.add_arguments(parser)
     parser.add_argument("--mode", choices=_MODES, default="throughput", help="(default: throughput)")
     parser.add_argument(
-        "--tokens", type=int, metavar="T", help="tokens of a rank (default: 512; low latency: 128; CUDA: 4096)"
+        "--tokens", type=int, metavar="T", help="tokens of a rank (default: 512; CUDA: 4096; low latency: 128)"
     )
     parser.add_argument("--hidden", type=int, metavar="H", help="channels of a row (default: 1024; CUDA: 7168)")
     parser.add_argument("--topk", type=int, default=8, metavar="K", help="experts of a token (default: 8)")
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
     from epcomm.cli.bench.case import Case
 
-    backend = job.backend_here(args.backend, low_latency=args.mode == "low-latency")
+    backend = job.backend_here(args.backend)
     if args.ranks_per_node is not None and args.backend == "auto":
         backend = "host"  # virtual nodes
     tokens, hidden, experts = (

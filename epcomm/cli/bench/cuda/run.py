@@ -22,7 +22,7 @@ from epcomm.cli.bench.cuda.construction import construction_s
 from epcomm.cli.bench.cuda.timing import Timer, copy_speed
 from epcomm.config import Config
 
-__all__ = ["CudaRun", "Machine", "Measured", "run"]
+__all__ = ["CudaRun", "Machine", "Measured", "machine_of", "run"]
 
 _PYTHON_TIMES = ("get_dispatch_layout", "dispatch, cached", "combine, in the arena")
 _MPS_ENABLED = 133  # cudaDevAttrMpsEnabled
@@ -118,7 +118,7 @@ def run(comm: Communicator, case: Case) -> CudaRun:
         with stream:
             calls = Calls(cupy, buffer, outside, case, routing)
             differences = _check(comm, cupy, calls, "before")
-            machine = _machine(comm, cupy, stream)
+            machine = machine_of(comm, cupy, stream)
             result = CudaRun(differences, machine, arena_bytes, (first_s, again_s), _construction(comm))
             if not differences:
                 timer = Timer(cupy, comm, buffer, stream, machine.copy_bytes_per_s)
@@ -162,7 +162,8 @@ def _measure(timer: Timer, calls: Calls, buffer: Buffer, case: Case) -> Iterator
         yield Measured(operation, num_sms, calls_us, chain_us, python_us)
 
 
-def _machine(comm: Communicator, cupy: Any, stream: Any) -> Machine:
+def machine_of(comm: Communicator, cupy: Any, stream: Any) -> Machine:
+    """The machine of rank 0. Collective, blocks the host."""
     runtime, device = cupy.cuda.runtime, cupy.cuda.Device().id
     properties = runtime.getDeviceProperties(device)
     uuids = comm.allgather(bytes(properties["uuid"])[:16])

@@ -90,6 +90,40 @@ class Timer:
                 times.append((self._chain(run, length) - self._chain(lambda: None, length)) / length)
         return float(np.median(times))
 
+    def row_us(self, run: Callable[[], object], repeats: int) -> float:
+        """The mean time of a call in a row of calls with nothing between them, which does not block the host."""
+        length = min(repeats, _MAX_CHAIN)
+        times = []
+        for _ in range(_CHAINS):
+            start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            self._begin(length)
+            self._buffer.barrier(stream=self._stream)
+            start.record(self._stream)
+            for _ in range(length):
+                run()
+            times.append(self._elapsed(start, end) / length)
+        return float(np.median(times))
+
+    def halves_us(self, send: Callable[[], Callable[[], None]], repeats: int) -> tuple[float, float]:
+        """Medians of the two halves of a call: `send` gives the other one."""
+        events = [[self._cupy.cuda.Event() for _ in range(4)] for _ in range(_WARMUP + repeats)]
+        for number, (send_start, send_end, receive_start, receive_end) in enumerate(events):
+            if number % _MAX_CHAIN == 0:
+                self._begin(min(_MAX_CHAIN, len(events) - number))
+            self._buffer.barrier(stream=self._stream)
+            send_start.record(self._stream)
+            receive = send()
+            send_end.record(self._stream)
+            self._buffer.barrier(stream=self._stream)
+            receive_start.record(self._stream)
+            receive()
+            receive_end.record(self._stream)
+        self._end()
+        elapsed = self._cupy.cuda.get_elapsed_time
+        halves = [[1e3 * elapsed(*four[:2]), 1e3 * elapsed(*four[2:])] for four in events[_WARMUP:]]
+        send_us, receive_us = np.median(np.max(self._comm.allgather(halves), axis=0), axis=0).tolist()
+        return send_us, receive_us
+
     def _waiting_chain(self, run: Callable[[], object], length: int) -> float:
         start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
         self._comm.barrier()

@@ -1,0 +1,53 @@
+// low_latency_service.cu: what low-latency calls need beside them: a wait until a combine buffer may be written, the
+// masks, and a new start of all slots.
+//
+// Grid: one warp. Words: reads slot_ack, and writes the own ones at a new start, when no rank runs anything else; see
+// sync/slot.cuh.
+#include "sync/slot.cuh"
+
+namespace epcomm {
+
+struct LowLatencyServiceArgs {
+    Comm comm;
+    uint32_t operation;    // wait until all ranks are through with the last call of this slot; 0: do not wait
+    uint32_t leaves_late;  // as in SlotArgs
+    uint32_t set, clear;   // bit r: mask, or bring back, rank r
+    uint64_t masks;        // int32 [num_ranks] or 0, out: 1 for ranks that are masked
+    uint64_t sequences;    // uint32 [2 * kNumSlots] or 0, out: of the last calls of all slots
+    uint32_t resume[2 * kNumSlots];  // go on as if these had been the last calls, and everybody through with them; or 0
+};
+static_assert(sizeof(LowLatencyServiceArgs) == 288 + 4 * 4 + 2 * 8 + 16,
+              "LowLatencyServiceArgs differs from epcomm/kernels/low_latency_service.py");
+
+extern "C" __global__ void __launch_bounds__(kWarp)
+    epcomm_low_latency_service(const __grid_constant__ LowLatencyServiceArgs args) {
+    const Comm& comm = args.comm;
+    const int lane = lane_index();
+    if (args.operation != 0) {
+        State& state = comm.state();
+        const uint32_t last = *const_cast<volatile uint32_t*>(&state.sequence[args.operation]);
+        const Call call = {static_cast<Operation>(args.operation), last, 0};
+        const uint32_t masked = masked_ranks(comm), *acks = comm.own().slot_ack[args.operation - kLowLatencyDispatch];
+        uint32_t late = 0;
+        const bool good = wait_for_ranks(
+            comm, call, kPhaseAck,
+            // ACQUIRE slot_ack[r]. Pairs with the release of acknowledge, there.
+            [&](int r) { return (masked >> r & 1) || reached(ptx::ld_acquire_sys(&acks[r]), last); },
+            args.leaves_late ? &late : nullptr);
+        if (good) mask_late(comm, call, kPhaseAck, late);
+        __syncwarp();
+    }
+    const uint32_t masked = (masked_ranks(comm) | args.set) & ~args.clear;
+    __syncwarp();
+    if (lane == 0) comm.state().masked = masked;
+    for (int i = 0; i < 2 * kNumSlots; ++i) {
+        uint32_t& sequence = comm.state().sequence[kLowLatencyDispatch + i];
+        if (args.sequences != 0 && lane == 0) pointer<uint32_t>(args.sequences)[i] = sequence;
+        if (args.resume[i] == 0) continue;
+        if (lane == 0) sequence = args.resume[i];
+        comm.own().slot_ack[i][lane] = args.resume[i];
+    }
+    if (args.masks != 0 && lane < comm.num_ranks) pointer<int32_t>(args.masks)[lane] = masked >> lane & 1;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,203 @@
+"""The low-latency mode of the bench on GPUs: calls, and what every rank must have got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epcomm.buffer import Buffer
+from epcomm.cli.bench.case import Case, make_inputs, make_routing
+from epcomm.cli.bits import as_bits, as_rows
+from epcomm.handle import LowLatencyDispatchResult
+from epcomm.numerics import BFLOAT16, FP8_BLOCK, accumulate_weighted, cast_fp8, round_to
+from epcomm.testing import token_data
+
+__all__ = ["Expected", "LowLatencyCalls", "LowLatencyOperation"]
+
+_NUM_OUTPUTS = 61  # different rows that the experts of a rank put out
+_OUTPUT_SEED = 1000  # plus the rank
+
+
+@dataclass(frozen=True)
+class LowLatencyOperation:
+    """One thing to measure.
+
+    Attributes:
+        name: its row in the table.
+        run: the call.
+        send: its send half, which returns the receive half; None for what has no halves.
+        wire_bytes: from other ranks, mean of the ranks.
+    """
+
+    name: str
+    run: Callable[[], object]
+    send: Callable[[], Callable[[], None]] | None
+    wire_bytes: float
+
+
+class Expected:
+    """What must arrive, from the routing and the rows of all ranks, which any rank can make.
+
+    Args:
+        case: the sizes.
+        rank: whose results these are.
+    """
+
+    def __init__(self, case: Case, rank: int) -> None:
+        self._case, self._rank = case, rank
+        self._routing = [make_routing(case, source) for source in range(case.ranks)]
+        self.x = [make_inputs(case, source).x.view(BFLOAT16) for source in range(case.ranks)]
+        self.num_local = case.experts // case.ranks
+
+    def tokens_of(self, expert: int) -> list[tuple[int, int]]:
+        """(source, token) of each row of an expert, numbered among those of all ranks."""
+        return [
+            (source, token)
+            for source, (topk_idx, _) in enumerate(self._routing)
+            for token in np.flatnonzero((topk_idx == expert).any(axis=1)).tolist()
+        ]
+
+    def differences(self, got: LowLatencyDispatchResult, use_fp8: bool, down: Callable[[Any], Any]) -> list[str]:
+        """What is wrong with a dispatch; `down` copies bits to the host."""
+        count, src_info = down(got.recv_count), down(got.handle[0])
+        rows, scales = got.recv_x if use_fp8 else (got.recv_x, got.recv_x)
+        for local in range(self.num_local):
+            places = self.tokens_of(self._rank * self.num_local + local)
+            if count[local] != len(places):
+                return [f"expert {local} has {count[local]} rows instead of {len(places)}"]
+            if src_info[local, : len(places)].tolist() != [token for _, token in places]:
+                return [f"rows of expert {local} are of other tokens"]
+            if not places:
+                continue
+            want = np.stack([self.x[source][token] for source, token in places])
+            if use_fp8:
+                want, want_scales = cast_fp8(want)
+                if not np.array_equal(down(scales[local, : len(places)]), want_scales):
+                    return [f"scales of expert {local} differ"]
+            if not np.array_equal(down(as_bits(rows)[local, : len(places)]), as_bits(want)):
+                return [f"rows of expert {local} differ"]
+        return []
+
+    def outputs(self, rank: int) -> NDArray[Any]:
+        """The different rows that the experts of `rank` put out; `output_of` says which is where."""
+        return token_data(_NUM_OUTPUTS, self._case.hidden, BFLOAT16, seed=_OUTPUT_SEED + rank)
+
+    @staticmethod
+    def output_of(expert: Any, row: Any) -> Any:
+        return (7 * expert + row) % _NUM_OUTPUTS
+
+    def combined(self) -> NDArray[Any]:
+        """The sums of this rank's tokens."""
+        topk_idx, weights = self._routing[self._rank]
+        numbers = {}
+        for expert in np.unique(topk_idx).tolist():
+            for row, (source, token) in enumerate(self.tokens_of(expert)):
+                if source == self._rank:
+                    numbers[expert, token] = self.output_of(expert % self.num_local, row)
+        outputs = [self.outputs(rank) for rank in range(self._case.ranks)]
+        sums = np.zeros((len(topk_idx), self._case.hidden), np.float32)
+        for choice in range(topk_idx.shape[1]):
+            experts = topk_idx[:, choice].tolist()
+            rows = [outputs[e // self.num_local][numbers[e, token]] for token, e in enumerate(experts)]
+            accumulate_weighted(sums, weights[:, choice], np.stack(rows))
+        out = np.empty(sums.shape, BFLOAT16)
+        round_to(sums, out)
+        return out
+
+
+class LowLatencyCalls:
+    """The calls of one rank, and what they need on the GPU.
+
+    Args:
+        cupy: the module.
+        buffer: of low-latency mode.
+        case: the sizes.
+    """
+
+    def __init__(self, cupy: Any, buffer: Buffer, case: Case) -> None:
+        self._cupy, self._buffer, self._case = cupy, buffer, case
+        self.expected = expected = Expected(case, buffer.rank)
+        topk_idx, weights = make_routing(case, buffer.rank)
+        self._x = as_rows(cupy.asarray(as_bits(expected.x[buffer.rank])), BFLOAT16)
+        self._topk_idx, self._weights = cupy.asarray(topk_idx), cupy.asarray(weights)
+        expert, row = np.ogrid[: expected.num_local, : case.ranks * case.tokens]
+        y_bits = cupy.asarray(as_bits(expected.outputs(buffer.rank))[expected.output_of(expert, row)])
+        self._y = as_rows(y_bits, BFLOAT16)
+        self.handle = self.dispatch(False).handle
+        for _ in range(2):  # both buffers; what is in them stays there
+            as_bits(buffer.get_next_low_latency_combine_buffer(self.handle))[...] = y_bits
+            self.combine(self.handle, is_pulled=True, is_renewed=False)
+
+    def dispatch(self, use_fp8: bool, is_split: bool = False) -> LowLatencyDispatchResult:
+        case = self._case
+        return self._buffer.low_latency_dispatch(
+            self._x, self._topk_idx, case.tokens, case.experts, use_fp8=use_fp8, return_recv_hook=is_split
+        )
+
+    def combine(self, handle: Any, is_pulled: bool, is_split: bool = False, is_renewed: bool = True) -> Any:
+        if is_pulled and is_renewed:
+            self._buffer.get_next_low_latency_combine_buffer(handle)
+        return self._buffer.low_latency_combine(
+            self._y, self._topk_idx, self._weights, handle, zero_copy=is_pulled, return_recv_hook=is_split
+        )
+
+    def differences(self) -> list[str]:
+        """What is wrong with one result of each kind."""
+        found = []
+        down = self._cupy.asnumpy
+        for use_fp8 in self._formats():
+            name = "fp8" if use_fp8 else "bf16"
+            wrong = self.expected.differences(self.dispatch(use_fp8), use_fp8, down)
+            found += [f"dispatch, {name}: {text}" for text in wrong]
+        want = as_bits(self.expected.combined())
+        for is_pulled in (False, True):
+            got = self.combine(self.handle, is_pulled).combined_x
+            if not np.array_equal(down(as_bits(got)), want):
+                found.append(f"combine, {'in place' if is_pulled else 'outside'}: sums differ")
+        return found
+
+    def operations(self) -> Iterator[LowLatencyOperation]:
+        """In the order of the table."""
+        case, handle = self._case, self.handle
+        bf16, fp8 = 2 * case.hidden, case.hidden + case.scale_bytes
+        messages, copies = self._num_sent()
+        for use_fp8 in self._formats():
+            yield LowLatencyOperation(
+                f"dispatch, {'fp8' if use_fp8 else 'bf16'}",
+                lambda use_fp8=use_fp8: self.dispatch(use_fp8),  # type: ignore[misc]
+                lambda use_fp8=use_fp8: self.dispatch(use_fp8, is_split=True).hook,  # type: ignore[misc]
+                messages * (fp8 if use_fp8 else bf16),
+            )
+        for is_pulled in (False, True):
+            yield LowLatencyOperation(
+                f"combine, {'in place' if is_pulled else 'outside'}",
+                lambda is_pulled=is_pulled: self.combine(handle, is_pulled),  # type: ignore[misc]
+                lambda is_pulled=is_pulled: self.combine(handle, is_pulled, is_split=True).hook,  # type: ignore[misc]
+                copies * bf16,
+            )
+        for use_fp8 in self._formats():
+            for is_pulled in (False, True):
+                yield LowLatencyOperation(
+                    f"pair, {'fp8' if use_fp8 else 'bf16'}, {'in place' if is_pulled else 'outside'}",
+                    lambda use_fp8=use_fp8, is_pulled=is_pulled: self.combine(  # type: ignore[misc]
+                        self.dispatch(use_fp8).handle, is_pulled
+                    ),
+                    None,
+                    messages * (fp8 if use_fp8 else bf16) + copies * bf16,
+                )
+
+    def _formats(self) -> tuple[bool, ...]:
+        return (False, True) if self._case.hidden % FP8_BLOCK == 0 else (False,)
+
+    def _num_sent(self) -> tuple[float, float]:
+        """Rows that a rank sends to others, once for each rank, and once for each choice; mean of the ranks."""
+        messages = copies = 0
+        for rank in range(self._case.ranks):
+            owners = make_routing(self._case, rank)[0] // self.expected.num_local
+            copies += int((owners != rank).sum())
+            messages += sum(int((owners == other).any(axis=1).sum()) for other in set(range(self._case.ranks)) - {rank})
+        return messages / self._case.ranks, copies / self._case.ranks
