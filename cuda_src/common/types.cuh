@@ -23,6 +23,15 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_index() { return threadIdx.x / kWarp; }
 __device__ __forceinline__ int warps_per_block() { return blockDim.x / kWarp; }
 
+// All lanes: the sum of `value` over the lanes up to this one.
+__device__ __forceinline__ int sum_to_lane(int value) {
+    for (int step = 1; step < kWarp; step *= 2) {
+        const int other = __shfl_up_sync(~0u, value, step);
+        if (lane_index() >= step) value += other;
+    }
+    return value;
+}
+
 template <typename T> __device__ __forceinline__ T* pointer(uint64_t address) { return reinterpret_cast<T*>(address); }
 
 __host__ __device__ constexpr uint64_t round_up(uint64_t value, uint64_t unit) {

@@ -3,8 +3,8 @@
 // Grid: num_sms blocks, all resident. Rows that lie anywhere are pushed: their owner writes them to the slot of the
 // source, each to the number that the row had in the source's dispatch. Rows in a combine buffer, which all ranks can
 // address, are pulled: their owner only tells where the rows of a source begin, and the source loads them from there.
-// Each owner decides for itself. Either way the source loads a piece of all rows of a token before it adds the first, in
-// the order of the choices.
+// Each owner decides for itself. Either way the source loads a piece of all rows of a token before it adds the first,
+// in the order of the choices.
 //
 // A slot is [first row: int32 [num_experts] | rows], the former of the owners whose rows are pulled.
 //
@@ -84,11 +84,7 @@ __device__ inline void number_rows(const LowLatencyCombineArgs& args, Shared& sh
             const int expert = first + lane_index();
             Range last = {0, 0};
             if (expert < args.num_local_experts) last = range_of(args, expert, args.comm.num_ranks - 1);
-            int sum = last.begin + last.count;
-            for (int step = 1; step < kWarp; step *= 2) {
-                const int other = __shfl_up_sync(~0u, sum, step);
-                if (lane_index() >= step) sum += other;
-            }
+            const int sum = sum_to_lane(last.begin + last.count);
             if (expert < args.num_local_experts) shared.first[expert] = num_before + sum - last.begin - last.count;
             num_before += __shfl_sync(~0u, sum, kWarp - 1);
         }

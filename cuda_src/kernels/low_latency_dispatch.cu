@@ -91,13 +91,8 @@ __device__ inline int choice_at(const LowLatencyDispatchArgs& args, int64_t at) 
 
 // All threads of a block: exclusive sums of `value` over the threads, and the sum of all.
 __device__ inline int sums_before(Shared& shared, int value, int& total) {
-    const int lane = lane_index();
-    int sum = value;
-    for (int step = 1; step < kWarp; step *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-    }
-    if (lane == kWarp - 1) shared.warp_sums[warp_index()] = sum;
+    const int sum = sum_to_lane(value);
+    if (lane_index() == kWarp - 1) shared.warp_sums[warp_index()] = sum;
     __syncthreads();
     int before = 0;
     total = 0;
@@ -267,13 +262,13 @@ __device__ inline void place_sources(const LowLatencyDispatchArgs& args, Shared&
         }
         begin[num_ranks] = sum;
     }
-    if (threadIdx.x == 0) {
-        int sum = 0;
-        for (int source = 0; source < num_ranks; ++source) {
-            shared.first_token[source] = sum;
-            if (present >> source & 1) sum += min(max(own_lane(args, source).begin[num_local], 0), args.max_tokens);
-        }
-        shared.first_token[num_ranks] = sum;
+    if (warp_index() == 0) {
+        const int source = lane_index();
+        const bool is_there = source < num_ranks && (present >> source & 1);
+        const int count = is_there ? min(max(own_lane(args, source).begin[num_local], 0), args.max_tokens) : 0;
+        const int sum = sum_to_lane(count);
+        if (source == 0) shared.first_token[0] = 0;
+        if (source < num_ranks) shared.first_token[source + 1] = sum;
     }
     __syncthreads();
 }

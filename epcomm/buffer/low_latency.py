@@ -163,7 +163,7 @@ class LowLatencyOperations(LowLatencyMasks):
 
         Raises:
             UnsupportedOption: `use_logfmt`.
-            RoutingError: `topk_idx` is not the one of the dispatch.
+            RoutingError: `topk_idx` is not the one of the dispatch (on the host backend; CUDA does not notice).
             ImmutableArray: `out`, statistics or `zero_copy` with JAX arrays.
             HandleError, RingFull, BufferStateError, InputError, PeerError, RankMismatch, PeerTimeout: as in
                 `low_latency_dispatch`.
@@ -193,9 +193,11 @@ class LowLatencyOperations(LowLatencyMasks):
                     check=self._check_routing,
                 )
 
-            request = self._prepared(turn, Rejectable.LOW_LATENCY_COMBINE, prepare)
-            receive = self._backend.low_latency_combine(turn, request)
-            self._combine_buffer = None
+            try:
+                request = self._prepared(turn, Rejectable.LOW_LATENCY_COMBINE, prepare)
+                receive = self._backend.low_latency_combine(turn, request)
+            finally:
+                self._combine_buffer = None  # its slot is used up, by a rejected call as well
             self._counters["low_latency_combine_calls"] += 1
             framework = framework_of(x)
             hook = self._hook("low_latency_combine", turn, framework, request, receive)

@@ -310,6 +310,7 @@ def test_low_latency_calls_want_low_latency_mode(comm):
 def test_mistakes_in_both_slots_and_in_halves(comm, buffer, operation):
     """A rejected call takes one slot on every rank, whether the others receive at once or later."""
     mistake = next(m for m in MISTAKES if m.operation == operation and m.name == "topk_idx_too_short")
+    error_of(buffer.check)  # of earlier tests
     for number in range(5):
         scene = set_scene(buffer, operation)
         is_bad = comm.rank == number % 2

@@ -186,6 +186,25 @@ def test_each_rank_decides_how_its_rows_travel(buffer, comm, num_ranks):
         assert_bitwise(down(combined.combined_x), inputs.combined()[comm.rank], f"combine {number}")
 
 
+@pytest.mark.ranks(2)
+def test_a_rejected_combine_uses_up_the_combine_buffer(comm, buffer):
+    """It goes with a slot, which all ranks have left behind them."""
+    inputs = BY_NAME["full"].inputs(comm.size)
+    result = checks.low_latency_dispatch(buffer, inputs)
+    rows = buffer.get_next_low_latency_combine_buffer(result.handle)
+    assign(rows, CUPY.up(inputs.outputs[comm.rank]))
+    options = {"x": rows, "zero_copy": True}
+    wrong = {"use_logfmt": True} if comm.rank == 1 else {}
+    error = error_of(lambda: checks.low_latency_combine(buffer, inputs, result, **options, **wrong))
+    assert (error is not None) == (comm.rank == 1)
+    CUPY.synchronize()
+    assert (error_of(buffer.check) is not None) == (comm.rank == 0)
+    assert type(error_of(lambda: checks.low_latency_combine(buffer, inputs, result, **options))) is InputError
+    CUPY.synchronize()
+    error_of(buffer.check)
+    low_latency.zero_copy(buffer, inputs)
+
+
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("late_rank", [0, 2])
 def test_a_combine_buffer_is_not_written_while_a_slow_rank_reads_it(comm, buffer, late_rank):
