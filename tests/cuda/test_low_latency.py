@@ -75,7 +75,7 @@ def test_calls_of_changing_shape(buffer, num_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks(8)
+@pytest.mark.ranks(8, timeout=900)
 def test_2000_pairs_with_delays(buffer, comm, num_ranks):
     draw = random.Random(comm.rank)
     low_latency.calls_of_changing_shape(buffer, 2000, lambda: busy(draw.random() * 2) if draw.random() < 0.05 else None)
