@@ -23,7 +23,7 @@ def need_cublas(name: str) -> None:
 
 
 def test_there_are_as_many_as_expected():
-    assert sorted(EXAMPLES) == ["10_gpu_cupy", "11_graph", "12_overlap"]
+    assert sorted(EXAMPLES) == ["10_gpu_cupy", "11_graph", "12_overlap", "13_gpu_decode"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -22,7 +22,7 @@ __all__ = ["LowLatencyRun", "run_low_latency", "to_json_lines", "to_text"]
 _CALLS_A_GRAPH = 10
 _NOTES = """\
 p50, p99: CUDA events around each call, which follows a device barrier.
-row: mean of many calls back to back; graph: the same, replayed in graphs of 10.
+row: mean of many calls back to back; graph: the same in graphs of 10.
 Ranks wait for each other in every call, and in nothing else there.
 send, recv: medians of the halves in hook mode, each after a device barrier.
 host: Python's time from call to return, median. All of the slowest rank.
