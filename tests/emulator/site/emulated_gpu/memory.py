@@ -86,7 +86,8 @@ class _Free:
         self._pages, self._num_bytes = pages, num_bytes
 
     def __call__(self) -> None:
-        addresses.unmap(self._pages, self._num_bytes + addresses.PAGE)
+        # The addresses are never used again, so that whoever still does crashes.
+        addresses.map_file(self._pages, self._num_bytes + addresses.PAGE, None)
         _give(self._num_bytes)
 
 
