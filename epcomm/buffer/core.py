@@ -361,7 +361,12 @@ class BufferCore(Tuning):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.destroy()
+        try:
+            self.destroy()
+        except EpcommError as failure:
+            if error is None:
+                raise
+            error.add_note(f"and then {failure}")  # what came first is the cause
 
     def __del__(self) -> None:
         # Nothing may wait, lock or call a driver here: this runs in any thread, at any time.

@@ -5,6 +5,9 @@ thread, inside the garbage collector, while the interpreter ends. So a release o
 allocation takes the released blocks out of it and, for every stream that used one, records an event: whoever gets the
 memory next waits for it, on the GPU. That event is recorded then and not earlier, because work was queued until the
 release.
+
+A block that was allocated under capture is part of a graph. Only later calls of the same capture, in the same stream, may
+have its memory again: replays execute them in that order, and two replays of one graph never overlap.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ GRANULE = 256  # bytes; blocks start and end at multiples of it
 
 
 # What is left of a block that nobody holds any more: start and end address, its readers (stream -> what keeps the
-# stream alive), whether it has hidden ones, whether it is pinned. A plain tuple: the class of a named one may be gone
-# when the interpreter ends.
-_Release = tuple[int, int, dict[int, object], bool, bool]
+# stream alive), whether it has hidden ones, what pins it: a capture's number, 0 for none. A plain tuple: the class of
+# a named one may be gone when the interpreter ends.
+_Release = tuple[int, int, dict[int, object], bool, int]
+
+_FOREVER = -1  # pinned by a graph that did not allocate the block, or is not known; captures have positive numbers
 
 
 class Block:
@@ -37,9 +42,9 @@ class Block:
 
     __slots__ = (
         "__weakref__",
+        "_capture",
         "_end",
         "_is_hidden",
-        "_is_pinned",
         "_readers",
         "_release",
         "num_bytes",
@@ -48,7 +53,7 @@ class Block:
     )
 
     def __init__(
-        self, ptr: int, num_bytes: int, offset: int, end: int, is_pinned: bool, release: Callable[[_Release], None]
+        self, ptr: int, num_bytes: int, offset: int, end: int, capture: int, release: Callable[[_Release], None]
     ) -> None:
         self.ptr = ptr
         self.num_bytes = num_bytes
@@ -56,7 +61,7 @@ class Block:
         self._end = end
         self._readers: dict[int, object] = {}
         self._is_hidden = False
-        self._is_pinned = is_pinned
+        self._capture = capture
         self._release = release
 
     def __repr__(self) -> str:
@@ -76,13 +81,19 @@ class Block:
         """A framework works on the memory in streams that it does not tell: only the whole device can be waited for."""
         self._is_hidden = True
 
-    def pin(self) -> None:
-        """A captured graph has the address: do not use the memory again before the pool closes."""
-        self._is_pinned = True
+    def pin(self, capture: int) -> None:
+        """A graph under capture has the address: unless the block is of that capture, its memory is not used again
+        before the pool closes.
+
+        Args:
+            capture: its number, `Timeline.capture_of`.
+        """
+        if self._capture != capture:
+            self._capture = _FOREVER
 
     def __del__(self) -> None:
         # NOTE: nothing else may happen here (no CUDA call, lock, log or import): see the top of this file.
-        self._release((self.ptr, self._end, self._readers, self._is_hidden, self._is_pinned))
+        self._release((self.ptr, self._end, self._readers, self._is_hidden, self._capture))
 
 
 class BlockPool:
@@ -108,6 +119,8 @@ class BlockPool:
         self._pinned: list[_Release] = []
         # Released by one stream, which may have it again without an event: (bytes, stream) -> blocks.
         self._warm: dict[tuple[int, int], list[_Release]] = {}
+        # Released in the capture that allocated them: (capture, stream, bytes) -> starts.
+        self._in_capture: dict[tuple[int, int, int], list[int]] = {}
         self._is_closed = False
         self._num_live = self._bytes_live = self._bytes_peak = self._bytes_total = 0
         if num_bytes >= GRANULE:
@@ -121,7 +134,7 @@ class BlockPool:
         `stream` waits (on the GPU) for what may still use the memory. Preferred are a block of the same size whose only
         reader was `stream`, which needs no wait, and memory that nobody uses. Blocks the
         host only where hidden readers hold the last room. While `stream` is captured into a graph, only memory that
-        nobody uses is taken, and it stays taken until the pool closes.
+        nobody uses, or that the same capture released, is taken, and it stays that graph's until the pool closes.
 
         Args:
             num_bytes: 0 is a block of its own, too.
@@ -136,10 +149,14 @@ class BlockPool:
             is_captured = self._timeline.is_capturing(stream)
         if self._released or self._unrecorded or self._under_way:
             self._drain(is_captured)
+        capture = self._timeline.capture_of(stream) if is_captured else 0
         warm = None if is_captured else self._warm.get((size, stream))
+        again = self._in_capture.get((capture, stream, size)) if is_captured else None
         start: int | None
         if warm:
             start = warm.pop()[0]
+        elif again:
+            start = again.pop()
         else:
             start = self._find(size, stream, high, is_captured)
             if start is None:
@@ -148,7 +165,7 @@ class BlockPool:
         self._bytes_live += size
         if self._bytes_live > self._bytes_peak:
             self._bytes_peak = self._bytes_live
-        return Block(start, num_bytes, start - self._base, start + size, is_captured, self._release)
+        return Block(start, num_bytes, start - self._base, start + size, capture, self._release)
 
     def _find(self, size: int, stream: int, high: bool, is_captured: bool) -> int | None:
         start = self._free.take_clean(size, high)
@@ -204,6 +221,7 @@ class BlockPool:
         """Hand out nothing any more; `allocate` returns None. Graphs with pinned blocks may not be replayed."""
         self._is_closed = True
         self._pinned.clear()
+        self._in_capture.clear()
 
     @property
     def stats(self) -> dict[str, int]:
@@ -217,7 +235,8 @@ class BlockPool:
             "bytes_peak": self._bytes_peak,
             "bytes_free": sum(size for size, _ in sizes) + kept,
             "bytes_pending": sum(size for size, is_used in sizes if is_used) + kept,
-            "bytes_pinned": sum(end - start for start, end, *_ in self._pinned),
+            "bytes_pinned": sum(end - start for start, end, *_ in self._pinned)
+            + sum(size * len(starts) for (_, _, size), starts in self._in_capture.items()),
             "bytes_total": self._bytes_total,
         }
 
@@ -252,13 +271,13 @@ class BlockPool:
         used: list[_Release] = []
         while released:
             entry = released.popleft()
-            start, end, readers, is_hidden, is_pinned = entry
+            start, end, readers, is_hidden, capture = entry
             self._num_live -= 1
             self._bytes_live -= end - start
-            if len(readers) == 1 and not (is_hidden or is_pinned or is_captured):
+            if len(readers) == 1 and not (is_hidden or capture or is_captured):
                 (reader,) = readers
                 self._warm.setdefault((end - start, reader), []).append(entry)
-            elif readers or is_pinned:
+            elif readers or capture:
                 used.append(entry)
             else:
                 self._free.add(start, end, (), is_hidden)
@@ -273,9 +292,9 @@ class BlockPool:
         self._unrecorded = []
         events: dict[int, object] = {}  # one a stream serves all blocks
         for entry in entries:
-            start, end, readers, is_hidden, is_pinned = entry
-            if is_pinned:
-                self._pinned.append(entry)
+            start, end, readers, is_hidden, capture = entry
+            if capture:
+                self._keep_pinned(entry)
             elif is_captured or any(self._timeline.is_capturing(reader) for reader in readers):
                 self._unrecorded.append(entry)
             else:
@@ -284,6 +303,14 @@ class BlockPool:
                         events[reader] = self._timeline.record(reader)
                 self._free.add(start, end, tuple([events[reader] for reader in readers]), is_hidden)
         self._under_way.extend(events.values())
+
+    def _keep_pinned(self, entry: _Release) -> None:
+        start, end, readers, is_hidden, capture = entry
+        if capture != _FOREVER and len(readers) == 1 and not is_hidden:
+            (reader,) = readers
+            self._in_capture.setdefault((capture, reader, end - start), []).append(start)
+        else:
+            self._pinned.append(entry)
 
     def _forget_done(self) -> None:
         """Look at the oldest events, so that the list of ranges stays short at the price of one question a call."""

@@ -36,6 +36,9 @@ class Timeline(Protocol):
     def is_capturing(self, stream: int) -> bool:
         """Whether `stream` is being captured into a graph."""
 
+    def capture_of(self, stream: int) -> int:
+        """The number of the capture that `stream` is in, which no other of this process has; -1 if nobody knows."""
+
 
 class _Event:
     __slots__ = ("finished", "handle")
@@ -102,6 +105,10 @@ class CudaTimeline:
         except self._runtime.CUDARuntimeError:
             # The legacy stream cannot be asked while another stream captures; it must be left alone then, too.
             return True
+
+    def capture_of(self, stream: int) -> int:
+        status, values = driver.status_of("cuStreamGetCaptureInfo", stream or LEGACY_STREAM)
+        return int(values[1]) if status == _SUCCESS else -1
 
     def _create(self) -> int:
         with self._device:

@@ -103,8 +103,8 @@ class Job:
         """What this rank does by itself."""
         self.streams = Streams(self.cupy, self.device, self.in_process)
         self.page = HostPage(self.cupy, self.rank, self.size, timeout_s, self.in_process)
-        self._timeline = CudaTimeline(self.device)
-        self.outputs = LocalPool(self.device, self._timeline, may_synchronize=not self.in_process)
+        self.timeline = CudaTimeline(self.device)
+        self.outputs = LocalPool(self.device, self.timeline, may_synchronize=not self.in_process)
         self._scratch = self.outputs.allocate(SCRATCH_BYTES, self.streams.own)
         # Not in the default stream: kernels of other ranks of this process may be waiting for this one.
         self.cupy.cuda.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own)
@@ -120,7 +120,7 @@ class Job:
         self.base = self._memory.bases[self.rank]
         region_bytes = min(self._memory.sizes)
         start, may_synchronize = self.base + self.arena_offset, not self.in_process
-        self.arena = BlockPool(start, self.arena_bytes, self._timeline, may_synchronize=may_synchronize)
+        self.arena = BlockPool(start, self.arena_bytes, self.timeline, may_synchronize=may_synchronize)
         timeout_ns = int(timeout_s * 1e9)
         fixed = comm_bytes(self._memory.bases, self.page.address, region_bytes, timeout_ns, self.rank, self.size)
         self.launch.set_comm(fixed)

@@ -100,7 +100,7 @@ class CudaTurn:
         if self.is_captured:
             for view in views:
                 if isinstance(view.owner, Block):
-                    view.owner.pin()
+                    view.owner.pin(self._job.timeline.capture_of(self.stream))
 
     # -- results --------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from emulated_gpu.queues import LEGACY, Operation, Queue
 from emulated_gpu.status import GpuError, Status
 
 __all__ = ["Capture", "Graph", "begin", "end", "is_capturing"]
+
+_numbers = itertools.count(1)
 
 
 class Graph:
@@ -36,6 +39,7 @@ class Capture:
 
     def __init__(self, origin: Queue) -> None:
         self.origin = origin
+        self.number = next(_numbers)
         self.is_active = True
         self._is_valid = True
         self._operations: list[Operation] = []

@@ -207,3 +207,9 @@ def cuMemsetD8Async(address: int, value: int, size: int, stream: int) -> None:
 def cuEventQuery(event: int) -> None:
     if not events.find(event).query():
         raise GpuError(Status.NOT_READY, "not ready")
+
+
+@_api
+def cuStreamGetCaptureInfo(stream: int) -> tuple[int, int]:
+    capture = queues.find(stream).capture
+    return (0, 0) if capture is None else (1, capture.number)
