@@ -43,6 +43,9 @@ enum Verdict : uint32_t {
     kNoRoom = 2,   // a rank gets more rows than it has room for: the host makes room and launches another one
 };
 
+// A window is filled and emptied in as many parts.
+inline constexpr int kWindowParts = 4;
+
 // What a rank may be waiting for. The names are in epcomm/kernels/layout.py.
 enum Phase : uint32_t { kPhaseCounts = 0, kPhaseEntry = 1, kPhaseDone = 2, kPhaseReady = 3, kPhaseAck = 4 };
 
@@ -53,14 +56,14 @@ struct State {
     uint32_t busy;         // an operation is running
     uint32_t failed;       // the error record is taken
     uint32_t verdict;      // Verdict of the last exchange
-    uint32_t filled[2][2];  // by Operation - kDispatch and parity of the round: blocks that have filled the windows
-    uint32_t taken[2][2];   // and that have emptied them
+    uint32_t filled[2][kWindowParts];  // by Operation - kDispatch: blocks that have filled a part of the windows
+    uint32_t taken[2][kWindowParts];   // and that have emptied it
     uint32_t masked;        // bit r: low-latency calls go without rank r
     uint32_t unused[4];
     // By Operation - kLowLatencyDispatch: what block 0 has seen, for the other blocks, where ranks that are late are
     // left out: {sequence << 32 | ranks that are there}, and {sequence << 32 | those of them whose rows are pulled}.
     uint64_t seen[2 * kNumSlots][2];
-    uint32_t unused2[16];
+    uint32_t unused2[8];
 };
 static_assert(sizeof(State) == 256);
 

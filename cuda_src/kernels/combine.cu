@@ -279,8 +279,8 @@ __device__ inline bool feed_role(const CombineArgs& args, const Call& call, Shar
         const bool is_fed = lane < num_ranks && lane != comm.rank &&
                             args.window.rounds(shared.entries[lane].num_tokens) > round;
         const uint32_t fed = __ballot_sync(~0u, is_fed);
-        if (round >= 2 &&
-            !await_round(comm, call, role, kPhaseAck, comm.own().window_ack[1], fed, round - 1, shared.answer[1]))
+        if (round >= kWindowParts && !await_round(comm, call, role, kPhaseAck, comm.own().window_ack[1], fed,
+                                                  round - kWindowParts + 1, shared.answer[1]))
             return false;
         for (int source = role.warp(); source < num_ranks; source += role.num_warps) {
             const int first = shared.feed_end[source];

@@ -1,9 +1,10 @@
 // dispatch.cu: send each token once to every rank that owns one of its experts, to the row where it stays.
 //
-// Grid: num_sms blocks, all resident. Ranks enter with the offsets of their output blocks; then every warp takes tokens
-// in turn, reads the row once and writes it to the final row at each destination, with what travels beside it. A rank
-// whose outputs lie outside of the arena enters with kThroughWindow: rows of others for it go through its window in
-// rounds, and the second half of its own warps copies them out. The index of a round says which slots are in use.
+// Grid: num_sms blocks, all resident. Ranks enter with the offsets of their output blocks; then warps take tokens in
+// turn. Most read a row once and write it to the final row at each destination; the last kBesideWarps write what travels
+// beside rows, in small pieces whose latency would hold up the pipes of rows. A rank whose outputs lie outside of the
+// arena enters with kThroughWindow: rows of others for it go through its window in rounds, and as many warps again copy
+// them out. The index of a round says which slots are in use.
 //
 // Regions: writes blocks and windows of all ranks, reads the own window. Words: dispatch_entry, window_ready,
 // window_ack, dispatch_done; see common/layout.cuh for writers, sync/ for the pairs of release and acquire.
@@ -18,6 +19,7 @@
 namespace epcomm {
 
 inline constexpr int kStages = KERNEL_STAGES;
+inline constexpr int kBesideWarps = 4;  // of those that send, and of those that take; as in epcomm/kernels/dispatch.py
 
 // What travels with a token. The numbers are indices of Places.field.
 enum Field : int { kRow = 0, kScales = 1, kTopkIdx = 2, kTopkWeights = 3, kSource = 4, kNumFields = 5 };
@@ -102,24 +104,47 @@ __device__ inline bool find_places(const DispatchArgs& args, Shared& shared, int
     return rows_end <= comm.region_bytes && (!has_metadata || metadata + beside.num_bytes <= comm.region_bytes);
 }
 
-// All lanes of a warp: copy `num_bytes`, a multiple of `unit` = 1, 2 or 4, between places of that alignment.
-template <typename T>
-__device__ inline void copy_elements(const T* from, int64_t stride, T* to, int count) {
-    for (int i = lane_index(); i < count; i += kWarp) to[i] = from[i * stride];
+// Lane r: where token `token` goes at destination r.
+struct Target {
+    int row;    // of that rank's output, or -1
+    int index;  // likewise, or the slot of its window
+};
+
+__device__ inline Target target_of(const DispatchArgs& args, const Shared& shared, int token, int first) {
+    const int lane = lane_index(), num_ranks = args.comm.num_ranks;
+    if (lane >= num_ranks) return {-1, -1};
+    const Places& places = shared.places[lane];
+    const int pos = pointer<const int32_t>(args.send_pos)[static_cast<int64_t>(token) * num_ranks + lane];
+    int row = pos < 0 ? -1 : places.first_row + pos;
+    if (row >= places.num_rows) row = -1;  // does not fit into num_worst_tokens
+    return {row, row >= 0 && places.is_windowed ? token - first : row};
 }
 
-__device__ inline void copy_scales(const DispatchArgs& args, uint64_t from, int64_t stride, uint64_t to) {
-    if (args.scale_bytes == 4) {
-        copy_elements(pointer<const uint32_t>(from), stride, pointer<uint32_t>(to), args.num_scales);
-    } else if (args.scale_bytes == 2) {
-        copy_elements(pointer<const uint16_t>(from), stride, pointer<uint16_t>(to), args.num_scales);
-    } else {
-        copy_elements(pointer<const uint8_t>(from), stride, pointer<uint8_t>(to), args.num_scales);
+// Where a field of row (or slot) i is at destination r.
+__device__ inline uint64_t place_of(const DispatchArgs& args, const Places& places, int field, int64_t i) {
+    return places.field[field] + i * (places.is_windowed ? args.window.slot_bytes : field_bytes(args, field));
+}
+
+// All lanes: the scales of a token, read once, to every destination; lane r knows the index there, or -1.
+template <typename T>
+__device__ inline void send_scales(const DispatchArgs& args, const Shared& shared, int token, int index) {
+    const T* from = pointer<const T>(args.scales) + static_cast<int64_t>(token) * args.scale_stride_token;
+    for (int first = lane_index(); first - lane_index() < args.num_scales; first += 2 * kWarp) {
+        const int second = first + kWarp;
+        T values[2];
+        if (first < args.num_scales) values[0] = from[first * args.scale_stride_scale];
+        if (second < args.num_scales) values[1] = from[second * args.scale_stride_scale];
+        for (uint32_t rest = __ballot_sync(~0u, index >= 0); rest != 0; rest &= rest - 1) {
+            const int r = __ffs(rest) - 1;
+            T* to = pointer<T>(place_of(args, shared.places[r], kScales, __shfl_sync(~0u, index, r)));
+            if (first < args.num_scales) to[first] = values[0];
+            if (second < args.num_scales) to[second] = values[1];
+        }
     }
 }
 
 // All lanes: write what travels beside token `token`; lane r knows its row (or slot) at destination r, or -1.
-__device__ inline void send_metadata(const DispatchArgs& args, const Shared& shared, int token, int index) {
+__device__ inline void send_beside(const DispatchArgs& args, const Shared& shared, int token, int index) {
     const int lane = lane_index();
     int64_t expert = -1;
     float weight = 0.0f;
@@ -129,29 +154,32 @@ __device__ inline void send_metadata(const DispatchArgs& args, const Shared& sha
                                        : pointer<const int32_t>(args.topk_idx)[at];
         if (args.has_weights) weight = pointer<const float>(args.topk_weights)[at];
     }
+    if (args.num_scales > 0) {
+        if (args.scale_bytes == 4) {
+            send_scales<uint32_t>(args, shared, token, index);
+        } else if (args.scale_bytes == 2) {
+            send_scales<uint16_t>(args, shared, token, index);
+        } else {
+            send_scales<uint8_t>(args, shared, token, index);
+        }
+    }
     for (uint32_t rest = __ballot_sync(~0u, index >= 0); rest != 0; rest &= rest - 1) {
         const int r = __ffs(rest) - 1;
         const Places& places = shared.places[r];
         const int64_t i = __shfl_sync(~0u, index, r);
-        auto place = [&](int field) {
-            return places.field[field] + i * (places.is_windowed ? args.window.slot_bytes : field_bytes(args, field));
-        };
-        if (args.num_scales > 0) {
-            const uint64_t from =
-                args.scales + static_cast<int64_t>(token) * args.scale_stride_token * args.scale_bytes;
-            copy_scales(args, from, args.scale_stride_scale, place(kScales));
-        }
         if (lane < args.num_topk) {
             const int64_t local = expert - static_cast<int64_t>(r) * args.num_local_experts;
             const bool is_here = static_cast<uint64_t>(local) < static_cast<uint64_t>(args.num_local_experts);
+            const uint64_t to = place_of(args, places, kTopkIdx, i);
             if (args.index_bytes == 8) {
-                pointer<int64_t>(place(kTopkIdx))[lane] = is_here ? local : -1;
+                pointer<int64_t>(to)[lane] = is_here ? local : -1;
             } else {
-                pointer<int32_t>(place(kTopkIdx))[lane] = is_here ? static_cast<int32_t>(local) : -1;
+                pointer<int32_t>(to)[lane] = is_here ? static_cast<int32_t>(local) : -1;
             }
-            if (args.has_weights) pointer<float>(place(kTopkWeights))[lane] = is_here ? weight : 0.0f;
+            if (args.has_weights)
+                pointer<float>(place_of(args, places, kTopkWeights, i))[lane] = is_here ? weight : 0.0f;
         }
-        if (lane == 0 && places.field[kSource] != 0) *pointer<int32_t>(place(kSource)) = token;
+        if (lane == 0 && places.field[kSource] != 0) *pointer<int32_t>(place_of(args, places, kSource, i)) = token;
     }
 }
 
@@ -159,38 +187,33 @@ __device__ inline void send_metadata(const DispatchArgs& args, const Shared& sha
 template <typename Pipe>
 __device__ inline void send_tokens(const DispatchArgs& args, Shared& shared, Pipe& pipe, const Role& role, int first,
                                    int end, uint32_t round) {
-    const int lane = lane_index(), num_ranks = args.comm.num_ranks;
-    const int32_t* send_pos = pointer<const int32_t>(args.send_pos);
-    const bool is_mine = lane < num_ranks;
-    const bool is_windowed = is_mine && shared.places[lane].is_windowed;
+    const int lane = lane_index(), num_ranks = args.comm.num_ranks, num_rows = role.num_warps - kBesideWarps;
+    if (role.warp() < num_rows) {
+        const Places& places = shared.places[min(lane, num_ranks - 1)];
+        const uint64_t stride = places.is_windowed ? args.window.slot_bytes : args.pieces.row_bytes;
+        auto source = [&](int token) {
+            return pointer<const uint8_t>(args.x) + static_cast<uint64_t>(token) * args.pieces.row_bytes;
+        };
+        auto destination = [&](int token) -> uint64_t {
+            const int index = target_of(args, shared, token, first).index;
+            return index < 0 ? 0 : places.field[kRow] + static_cast<uint64_t>(index) * stride;
+        };
+        const int warp = blockIdx.x + role.warp() * gridDim.x;
+        move_rows(pipe, args.pieces, first + warp, end, gridDim.x * num_rows, source, destination);
+        return;
+    }
+    const bool is_windowed = lane < num_ranks && shared.places[lane].is_windowed;
     int32_t* slot_index =
         is_windowed ? pointer<int32_t>(args.window.index(args.comm, lane, args.comm.rank, round)) : nullptr;
-    auto source = [&](int token) {
-        return pointer<const uint8_t>(args.x) + static_cast<uint64_t>(token) * args.pieces.row_bytes;
-    };
-    auto destination = [&](int token) -> uint64_t {
-        int index = -1, row = -1;
-        uint64_t to = 0;
-        if (is_mine) {
-            const Places& places = shared.places[lane];
-            const int pos = send_pos[static_cast<int64_t>(token) * num_ranks + lane];
-            row = pos < 0 ? -1 : places.first_row + pos;
-            if (row >= places.num_rows) row = -1;  // does not fit into num_worst_tokens
-            index = row;
-            if (is_windowed) {
-                const int slot = token - first;
-                slot_index[slot] = row;
-                if (row >= 0) index = slot;
-            }
-            if (row >= 0)
-                to = places.field[kRow] +
-                     static_cast<uint64_t>(index) * (is_windowed ? args.window.slot_bytes : args.pieces.row_bytes);
-        }
-        send_metadata(args, shared, token, index);
-        return to;
-    };
-    const int warp = blockIdx.x + role.warp() * gridDim.x;
-    move_rows(pipe, args.pieces, first + warp, end, gridDim.x * role.num_warps, source, destination);
+    const bool has_source = lane < num_ranks && shared.places[lane].field[kSource] != 0;
+    const bool has_beside = args.num_scales > 0 || args.num_topk > 0 || __any_sync(~0u, has_source);
+    if (!has_beside && shared.windowed == 0) return;
+    const int warp = blockIdx.x + (role.warp() - num_rows) * gridDim.x;
+    for (int token = first + warp; token < end; token += gridDim.x * kBesideWarps) {
+        const Target target = target_of(args, shared, token, first);
+        if (has_beside) send_beside(args, shared, token, target.index);
+        if (is_windowed) slot_index[token - first] = target.row;
+    }
 }
 
 // The sending warps: all tokens, in rounds if a destination has a window.
@@ -205,10 +228,10 @@ __device__ inline bool send_role(const DispatchArgs& args, const Call& call, Sha
     }
     const uint32_t num_rounds = args.window.rounds(args.entry.num_tokens);
     for (uint32_t round = 0; round < num_rounds; ++round) {
-        if (round >= 2 && !await_round(comm, call, role, kPhaseAck, comm.own().window_ack[0], shared.windowed,
-                                       round - 1, shared.answer[0]))
+        if (round >= kWindowParts && !await_round(comm, call, role, kPhaseAck, comm.own().window_ack[0],
+                                                  shared.windowed, round - kWindowParts + 1, shared.answer[0]))
             return false;
-        // The slots' fields at a windowed destination are in another half in each round.
+        // The slots' fields at a windowed destination are in another part in each round.
         if (role.leads() && (shared.windowed >> lane_index() & 1))
             for (int f = 0; f < kNumFields; ++f)
                 shared.places[lane_index()].field[f] =
@@ -223,27 +246,47 @@ __device__ inline bool send_role(const DispatchArgs& args, const Call& call, Sha
     return true;
 }
 
-// One warp copies the fields of a slot to this rank's outputs, the row left out.
-__device__ inline void take_metadata(const DispatchArgs& args, uint64_t slot, int64_t row) {
-    const int lane = lane_index();
-    if (args.num_scales > 0)
-        copy_scales(args, slot + args.slot_field[kScales], 1, args.out[kScales] + row * field_bytes(args, kScales));
-    for (int f = kTopkIdx; f <= kSource; ++f) {
-        const int num_words = field_bytes(args, f) / 4;
-        if (args.out[f] != 0 && lane < num_words) {
-            for (int i = lane; i < num_words; i += kWarp)
-                pointer<uint32_t>(args.out[f] + row * field_bytes(args, f))[i] =
-                    pointer<const uint32_t>(slot + args.slot_field[f])[i];
-        }
+// All lanes: copy `count` elements.
+template <typename T> __device__ inline void copy_elements(const T* from, T* to, int count) {
+    for (int i = lane_index(); i < count; i += kWarp) to[i] = from[i];
+}
+
+// One warp copies what lies beside the row in a slot to this rank's outputs; loads come before stores, for one latency.
+__device__ inline void take_beside(const DispatchArgs& args, uint64_t slot, int64_t row) {
+    constexpr int kMost = 2;  // words a lane, for 32 indices of 8 bytes
+    uint32_t words[kNumFields][kMost];
+    auto for_words = [&](auto work) {
+#pragma unroll
+        for (int f = kTopkIdx; f < kNumFields; ++f)
+#pragma unroll
+            for (int i = 0; i < kMost; ++i) {
+                const uint32_t at = 4 * (lane_index() + i * kWarp);
+                if (args.out[f] != 0 && at < field_bytes(args, f)) work(f, i, at);
+            }
+    };
+    for_words([&](int f, int i, uint32_t at) { words[f][i] = *pointer<const uint32_t>(slot + args.slot_field[f] + at); });
+    for_words([&](int f, int i, uint32_t at) {
+        *pointer<uint32_t>(args.out[f] + row * field_bytes(args, f) + at) = words[f][i];
+    });
+    const uint64_t scales = args.out[kScales] + row * field_bytes(args, kScales), staged = slot + args.slot_field[kScales];
+    if (args.scale_bytes == 4) {
+        copy_elements(pointer<const uint32_t>(staged), pointer<uint32_t>(scales), args.num_scales);
+    } else {
+        copy_elements(pointer<const uint8_t>(staged), pointer<uint8_t>(scales), field_bytes(args, kScales));
     }
 }
 
-// One warp copies the slots that it is in charge of: numbers warp, warp + num_warps, … of all slots of a round, of which
-// slot i of source s is number s * num_slots + i. It looks at 32 entries of the index at a time.
+// One warp of those that take copies the slots that it is in charge of, their rows or what is beside them: numbers warp,
+// warp + num_warps, … of all slots of a round, of which slot i of source s is number s * num_slots + i. It looks at 32
+// entries of the index at a time.
 template <typename Pipe>
-__device__ inline void take_slots(const DispatchArgs& args, const Shared& shared, Pipe& pipe, uint32_t round, int warp,
-                                  int num_warps) {
+__device__ inline void take_slots(const DispatchArgs& args, const Shared& shared, Pipe& pipe, uint32_t round,
+                                  const Role& role) {
     const Comm& comm = args.comm;
+    const int num_rows = role.num_warps - kBesideWarps;
+    const bool takes_rows = role.warp() < num_rows;
+    const int warp = blockIdx.x + (takes_rows ? role.warp() : role.warp() - num_rows) * gridDim.x;
+    const int num_warps = gridDim.x * (takes_rows ? num_rows : kBesideWarps);
     const int lane = lane_index(), num_slots = args.window.num_slots, all = comm.num_ranks * num_slots;
     for (int first = warp; first < all; first += kWarp * num_warps) {
         const int number = first + lane * num_warps;
@@ -258,16 +301,20 @@ __device__ inline void take_slots(const DispatchArgs& args, const Shared& shared
         }
         // A peer's memory may hold anything; this rank does not write outside of its outputs.
         const uint32_t used = __ballot_sync(~0u, row >= 0 && row < shared.places[comm.rank].num_rows);
-        auto from = [&](int i) {
-            return pointer<const uint8_t>(__shfl_sync(~0u, at, __fns(used, 0, i + 1)) + args.slot_field[kRow]);
-        };
-        auto to = [&](int i) -> uint64_t {
-            const int owner = __fns(used, 0, i + 1);
-            const int64_t final_row = __shfl_sync(~0u, row, owner);
-            take_metadata(args, __shfl_sync(~0u, at, owner), final_row);
-            return lane == 0 ? args.out[kRow] + final_row * args.pieces.row_bytes : 0;
-        };
-        move_rows(pipe, args.pieces, 0, __popc(used), 1, from, to);
+        auto owner = [&](int i) { return static_cast<int>(__fns(used, 0, i + 1)); };
+        if (takes_rows) {
+            auto from = [&](int i) {
+                return pointer<const uint8_t>(__shfl_sync(~0u, at, owner(i)) + args.slot_field[kRow]);
+            };
+            auto to = [&](int i) -> uint64_t {
+                const int64_t final_row = __shfl_sync(~0u, row, owner(i));
+                return lane == 0 ? args.out[kRow] + final_row * args.pieces.row_bytes : 0;
+            };
+            move_rows(pipe, args.pieces, 0, __popc(used), 1, from, to);
+        } else {
+            for (int i = 0; i < __popc(used); ++i)
+                take_beside(args, __shfl_sync(~0u, at, owner(i)), __shfl_sync(~0u, row, owner(i)));
+        }
     }
 }
 
@@ -287,7 +334,7 @@ __device__ inline bool take_role(const DispatchArgs& args, const Call& call, Sha
         if (!await_round(comm, call, role, kPhaseReady, comm.own().window_ready[0], sending, round + 1,
                          shared.answer[1]))
             return false;
-        take_slots(args, shared, pipe, round, blockIdx.x + role.warp() * gridDim.x, gridDim.x * role.num_warps);
+        take_slots(args, shared, pipe, round, role);
         pipe.finish();
         finish_round(comm, call, role, comm.state().taken[0], sending, round, shared.count[1],
                      [&](int r) { return &comm.of(r).window_ack[0][comm.rank]; });
@@ -324,20 +371,23 @@ __device__ inline bool run(const DispatchArgs& args, const Call& call, Shared& s
         pad_topk_idx(args, num_received);
         if (blockIdx.x == 0 && threadIdx.x == 0) count_dropped(args, num_received);
     }
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp_index() * kStages;
-    uint8_t* stages = dynamic + round_up(warps_per_block() * kStages * sizeof(uint64_t), kUnit) +
-                      static_cast<uint64_t>(warp_index()) * kStages * args.stage_bytes;
-    RowPipe<kStages> pipe(stages, barriers, args.stage_bytes);
-    const bool is_taking = args.entry.rows == kThroughWindow && comm.num_ranks > 1;
-    const int num_senders = is_taking ? warps_per_block() / 2 : warps_per_block();
+    const bool is_taking = args.entry.rows == kThroughWindow;
+    const int num_rows = warps_per_block() - kBesideWarps * (1 + is_taking);
+    const int num_senders = kBesideWarps + (is_taking ? num_rows / 2 : num_rows);
     const Role senders = {0, num_senders, 1};
     const Role takers = {num_senders, warps_per_block() - num_senders, 2};
+    // Warps that move rows have stages, by number: the others come last in their role.
+    const int stage = senders.has_this_warp() ? senders.warp() : takers.warp() + num_senders - kBesideWarps;
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp_index() * kStages;
+    uint8_t* stages = dynamic + round_up(warps_per_block() * kStages * sizeof(uint64_t), kUnit) +
+                      static_cast<uint64_t>(stage) * kStages * args.stage_bytes;
+    RowPipe<kStages> pipe(stages, barriers, args.stage_bytes);
     const bool good = senders.has_this_warp() ? send_role(args, call, shared, pipe, senders)
                                               : take_role(args, call, shared, pipe, takers);
     return __syncthreads_and(good);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) epcomm_dispatch(const __grid_constant__ DispatchArgs args) {
+extern "C" __global__ void __launch_bounds__(768, 1) epcomm_dispatch(const __grid_constant__ DispatchArgs args) {
     extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ Shared shared;
     const Comm& comm = args.comm;

@@ -1,9 +1,9 @@
 // window.cuh: rounds through the windows, for arrays that lie outside of the arena.
 //
-// A window has an area for each peer, in two halves: an index, then slots, one for each token of a round. Round k uses
-// half k & 1; whoever fills it waits until round k - 2 was taken out. Both sides count rounds in words that carry the
-// sequence of the call. Fillers and takers are different warps: a filler waits for takers only, a taker for fillers only,
-// each one round back, so nobody waits in a circle.
+// A window has an area for each peer, in kWindowParts parts: an index, then slots, one for each token of a round. Round k
+// uses part k % kWindowParts; whoever fills it waits until round k - kWindowParts was taken out. Both sides count rounds in
+// words that carry the sequence of the call. Fillers and takers are different warps: a filler waits for takers only, of an
+// earlier round, a taker for fillers only, of its round, so nobody waits in a circle.
 #pragma once
 
 #include "ptx/bulk.cuh"
@@ -14,13 +14,13 @@ namespace epcomm {
 // Where windows are, and how they are cut; the same on all ranks.
 struct Window {
     uint64_t offset;      // of the window in a region
-    uint64_t area_bytes;  // of one half of one peer's area
+    uint64_t area_bytes;  // of one part of one peer's area
     uint32_t slot_bytes;  // one row and what travels beside it
     uint32_t num_slots;   // tokens of one round
 
     // The index of round `round` for `peer`, in the region of `owner`: int32 [num_slots].
     __device__ uint64_t index(const Comm& comm, int owner, int peer, uint32_t round) const {
-        return comm.region[owner] + offset + (2ull * peer + (round & 1)) * area_bytes;
+        return comm.region[owner] + offset + (static_cast<uint64_t>(kWindowParts) * peer + round % kWindowParts) * area_bytes;
     }
     // The slots behind it.
     __device__ uint64_t slots(const Comm& comm, int owner, int peer, uint32_t round) const {
@@ -66,7 +66,7 @@ __device__ inline bool await_round(const Comm& comm, const Call& call, const Rol
 }
 
 // All warps of the role, after their last access of the round: when all blocks are through, tell `ranks`.
-// `counters` count blocks by parity of the round: a block can be one round ahead of another, but not two.
+// `counters` count blocks by part of the window: no block gets as many rounds ahead of another as there are parts.
 // `word(r)` is this rank's word at rank r.
 template <typename Word>
 __device__ inline void finish_round(const Comm& comm, const Call& call, const Role& role, uint32_t* counters,
@@ -76,10 +76,10 @@ __device__ inline void finish_round(const Comm& comm, const Call& call, const Ro
         const int lane = lane_index();
         if (lane == 0) {
             ptx::fence_acq_rel_sys();
-            shared = ptx::atom_add_acq_rel_gpu(&counters[round & 1], 1);
+            shared = ptx::atom_add_acq_rel_gpu(&counters[round % kWindowParts], 1);
         }
         __syncwarp();
-        if (shared == (round / 2 + 1) * gridDim.x - 1 && (ranks >> lane & 1)) {
+        if (shared == (round / kWindowParts + 1) * gridDim.x - 1 && (ranks >> lane & 1)) {
             ptx::fence_acq_rel_sys();
             // RELEASE word[me] at rank `lane`. Pairs with the ACQUIRE of await_round, there.
             ptx::st_release_sys(word(lane), tagged(call.sequence, round + 1));
@@ -92,7 +92,7 @@ __device__ inline void finish_round(const Comm& comm, const Call& call, const Ro
 __device__ inline void reset_rounds(const Comm& comm, const Call& call) {
     State& state = comm.state();
     const int i = call.operation - kDispatch;
-    state.filled[i][0] = state.filled[i][1] = state.taken[i][0] = state.taken[i][1] = 0;
+    for (int part = 0; part < kWindowParts; ++part) state.filled[i][part] = state.taken[i][part] = 0;
 }
 
 }  // namespace epcomm

@@ -10,12 +10,13 @@ from epcomm.jit import Program
 from epcomm.kernels.layout import NUM_ENTRY_AGREED, round_up
 from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
 
-__all__ = ["ENTRY", "FIELDS", "PROGRAM", "Shape", "Slot", "shape", "slot"]
+__all__ = ["BESIDE_WARPS", "ENTRY", "FIELDS", "PROGRAM", "Shape", "Slot", "shape", "slot"]
 
 STAGES = 2
 PROGRAM = Program("kernels/dispatch.cu", (("KERNEL_STAGES", str(STAGES)),))
 ENTRY = "epcomm_dispatch"
 _MAX_WARPS = 16
+BESIDE_WARPS = 4  # that write what travels beside rows, and as many again that take it out of the window
 # Measured on an H200 with 1 to 8 ranks on it: above that, writes to many places slow each other down by up to 17 %;
 # below it, there is too little to hide latency (NVLink needs 0.7 MB).
 _BYTES_UNDER_WAY = 3_670_016
@@ -53,12 +54,15 @@ def shape(row_bytes: int, memory: int, blocks_on_gpu: int, is_windowed: bool) ->
         is_windowed: half of the warps empty the window; then as many as have room.
     """
     pieces = cut(row_bytes)
-    if not memory:
-        return Shape(pieces, 32 * _MAX_WARPS, pipe_bytes(_MAX_WARPS, STAGES, 0))
-    stage_bytes = STAGES * pieces.piece_bytes
-    wanted = _MAX_WARPS if is_windowed else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
-    warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_WARPS, wanted)))
-    return Shape(pieces, 32 * warps, pipe_bytes(warps, STAGES, stage_bytes))
+    beside = BESIDE_WARPS * (1 + is_windowed)
+    stage_bytes = STAGES * pieces.piece_bytes if memory else 0
+    warps = _MAX_WARPS
+    if memory:
+        wanted = _MAX_WARPS if is_windowed else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
+        room = memory - beside * STAGES * 8
+        warps = num_warps(room, STAGES, stage_bytes, max(2, min(_MAX_WARPS, wanted)))
+    shared_bytes = pipe_bytes(warps + beside, STAGES, 0) + warps * stage_bytes
+    return Shape(pieces, 32 * (warps + beside), shared_bytes)
 
 
 @functools.lru_cache(maxsize=256)

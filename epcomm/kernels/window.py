@@ -8,13 +8,14 @@ from typing import NamedTuple
 from epcomm.errors import CapacityError
 from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES
 
-__all__ = ["WINDOW_BYTES", "Cut", "Window"]
+__all__ = ["PARTS", "WINDOW_BYTES", "Cut", "Window"]
 
 WINDOW_BYTES = 64 << 20
+PARTS = 4
 
 
 class Cut(NamedTuple):
-    """The window for rows of one size: offset in a region, bytes of half an area, bytes of a slot, slots of a half."""
+    """The window for rows of one size: offset in a region, bytes of a part of an area, bytes of a slot, slots of a part."""
 
     offset: int
     area_bytes: int
@@ -23,10 +24,10 @@ class Cut(NamedTuple):
 
 
 class Window:
-    """The window of a job with `num_ranks` ranks: an area for each, in two halves."""
+    """The window of a job with `num_ranks` ranks: an area for each, in parts that are filled and emptied in turn."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._area_bytes = WINDOW_BYTES // (2 * num_ranks) // UNIT * UNIT
+        self._area_bytes = WINDOW_BYTES // (PARTS * num_ranks) // UNIT * UNIT
         self.cut = functools.lru_cache(maxsize=64)(self._cut)
 
     def _cut(self, slot_bytes: int) -> Cut:

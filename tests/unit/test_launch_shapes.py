@@ -9,7 +9,7 @@ from epcomm.errors import CapacityError
 from epcomm.kernels import combine, dispatch, dispatch_layout, low_latency
 from epcomm.kernels.layout import MAX_RANKS, UNIT
 from epcomm.kernels.rows import Pieces, stage_memory
-from epcomm.kernels.window import WINDOW_BYTES, Window
+from epcomm.kernels.window import PARTS, WINDOW_BYTES, Window
 
 ROW_BYTES = [*range(16, 1200, 16), *range(1200, 60000, 1008), 14336, 14352, 28672, 28688, 100000, 262144, 1 << 20]
 MAX_PIECE = 14336
@@ -25,9 +25,9 @@ def assert_covers(pieces: Pieces, row_bytes: int) -> None:
     assert last % 16 == 0
 
 
-def assert_fits(threads: int, shared_bytes: int, memory: int) -> None:
+def assert_fits(threads: int, shared_bytes: int, memory: int, most: int) -> None:
     assert threads % 32 == 0
-    assert 64 <= threads <= 512  # two roles, each of whole warps; the bound that the kernels are compiled with
+    assert 64 <= threads <= most  # two roles, each of whole warps; the bound that the kernels are compiled with
     assert shared_bytes <= (memory or 48 * 1024)
 
 
@@ -39,10 +39,12 @@ def test_dispatch(blocks_on_gpu, is_windowed, memory):
         shape = dispatch.shape(row_bytes, memory, blocks_on_gpu, is_windowed)
         assert_covers(shape.pieces, row_bytes)
         assert shape.pieces.piece_bytes <= MAX_PIECE
-        assert_fits(shape.threads, shape.shared_bytes, memory)
+        assert_fits(shape.threads, shape.shared_bytes, memory, 768)
         num_warps = shape.threads // 32
+        num_row_warps = num_warps - dispatch.BESIDE_WARPS * (1 + is_windowed)
+        assert num_row_warps >= 2
         if memory:
-            stages = num_warps * dispatch.STAGES * (8 + shape.pieces.piece_bytes)
+            stages = dispatch.STAGES * (8 * num_warps + shape.pieces.piece_bytes * num_row_warps)
             assert stages <= shape.shared_bytes < stages + 128
         # Pieces of about equal size: none is short by more than 16 bytes for each piece.
         assert shape.pieces.piece_bytes * shape.pieces.num_pieces - row_bytes < 16 * shape.pieces.num_pieces
@@ -58,7 +60,7 @@ def test_combine(num_ranks, memory):
         assert_covers(shape.feed, row_bytes)
         # Rows on their way to the window use the stages of the rows that are pulled.
         assert shape.feed.piece_bytes <= shape.piece_bytes * num_ranks
-        assert_fits(shape.threads, shape.shared_bytes, memory)
+        assert_fits(shape.threads, shape.shared_bytes, memory, 512)
         if memory:
             num_warps = shape.threads // 32
             stages = num_warps * combine.STAGES * (16 + shape.piece_bytes * num_ranks)
@@ -111,7 +113,7 @@ def test_low_latency_slots_do_not_overlap(num_bytes, num_ranks):
 
 def test_a_row_that_is_larger_than_a_window():
     for num_ranks in (1, 8, MAX_RANKS):
-        most = WINDOW_BYTES // (2 * num_ranks) // UNIT * UNIT - UNIT - 4
+        most = WINDOW_BYTES // (PARTS * num_ranks) // UNIT * UNIT - UNIT - 4
         assert Window(num_ranks).cut(most).num_slots == 1
         with pytest.raises(CapacityError, match=f"^hidden: got rows of {most + 1} bytes .*; wanted at most {most}"):
             Window(num_ranks).cut(most + 1)
