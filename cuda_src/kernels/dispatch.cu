@@ -255,19 +255,21 @@ template <typename T> __device__ inline void copy_elements(const T* from, T* to,
 __device__ inline void take_beside(const DispatchArgs& args, uint64_t slot, int64_t row) {
     constexpr int kMost = 2;  // words a lane, for 32 indices of 8 bytes
     uint32_t words[kNumFields][kMost];
-    auto for_words = [&](auto work) {
+    auto has = [&](int f, uint32_t at) { return args.out[f] != 0 && at < field_bytes(args, f); };
 #pragma unroll
-        for (int f = kTopkIdx; f < kNumFields; ++f)
+    for (int f = kTopkIdx; f < kNumFields; ++f)
 #pragma unroll
-            for (int i = 0; i < kMost; ++i) {
-                const uint32_t at = 4 * (lane_index() + i * kWarp);
-                if (args.out[f] != 0 && at < field_bytes(args, f)) work(f, i, at);
-            }
-    };
-    for_words([&](int f, int i, uint32_t at) { words[f][i] = *pointer<const uint32_t>(slot + args.slot_field[f] + at); });
-    for_words([&](int f, int i, uint32_t at) {
-        *pointer<uint32_t>(args.out[f] + row * field_bytes(args, f) + at) = words[f][i];
-    });
+        for (int i = 0; i < kMost; ++i) {
+            const uint32_t at = 4 * (lane_index() + i * kWarp);
+            if (has(f, at)) words[f][i] = *pointer<const uint32_t>(slot + args.slot_field[f] + at);
+        }
+#pragma unroll
+    for (int f = kTopkIdx; f < kNumFields; ++f)
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            const uint32_t at = 4 * (lane_index() + i * kWarp);
+            if (has(f, at)) *pointer<uint32_t>(args.out[f] + row * field_bytes(args, f) + at) = words[f][i];
+        }
     const uint64_t scales = args.out[kScales] + row * field_bytes(args, kScales), staged = slot + args.slot_field[kScales];
     if (args.scale_bytes == 4) {
         copy_elements(pointer<const uint32_t>(staged), pointer<uint32_t>(scales), args.num_scales);
