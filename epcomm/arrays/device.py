@@ -131,6 +131,9 @@ def to_host(view: ArrayView, stream: int) -> NDArray[Any]:
     flat = np.empty(extent, view.dtype)
     if extent:
         with cupy.cuda.Device(view.device[1]):
+            # First, so that the copy waits for nothing: it would hold up those of other threads, whose ranks may be
+            # what a kernel of this stream is waiting for.
+            runtime.streamSynchronize(stream or LEGACY)
             runtime.memcpyAsync(flat.ctypes.data, view.ptr, flat.nbytes, runtime.memcpyDeviceToHost, stream or LEGACY)
             runtime.streamSynchronize(stream or LEGACY)
     width = view.dtype.itemsize

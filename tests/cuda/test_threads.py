@@ -35,9 +35,6 @@ def make_buffer(comm, num_nvl_bytes: int = ARENA_BYTES, timeout_s: float = TIMEO
 
 def run_in_streams(size, program, *arguments):
     """`run_local` with a stream for each rank. Pools are filled first: no memory is allocated while a rank waits."""
-    # CuPy uploads through pinned memory, of which it keeps pieces of 2^n bytes.
-    pinned = [cupy.cuda.alloc_pinned_memory(1 << n) for n in range(9, 23) for _ in range(8 * size)]
-    del pinned
 
     def in_a_stream(comm):
         with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True) as stream:

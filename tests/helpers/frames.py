@@ -86,6 +86,9 @@ def down(array: Any) -> Any:
         return tuple(down(part) for part in array)
     package = type(array).__module__.partition(".")[0]
     if package == "cupy":
+        # A copy to pageable memory that waits for a kernel holds up the copies of other threads, for whose ranks the
+        # kernel may be waiting.
+        sys.modules["cupy"].cuda.get_current_stream().synchronize()
         # Its own copies know no 8-bit floats.
         words = type(array)(array.shape, _WORDS[array.itemsize], array.data, array.strides)
         return words.get().view(array.dtype)
