@@ -222,14 +222,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     uint32_t num_tickets = 0;
     if (args.slot.halves & kSend) {
         good = send(args, call, shared);
-        is_last = is_last_block(comm, call);
+        is_last = is_last_to_tell(comm, call);
         if (is_last && warp_index() == 0) post_words(comm, call, args.slot, args.is_pulled);
         num_tickets = gridDim.x;
     }
     if (args.slot.halves & kReceive) {
         good = good && await_arrival(comm, call, args.slot, pointer<int64_t>(args.wait_stats), shared.arrival);
         if (good && shared.arrival.present != 0) sum_tokens(args, shared.arrival);
-        is_last = is_last_block(comm, call, num_tickets);
+        is_last = is_last_to_tell(comm, call, num_tickets);
         if (is_last && warp_index() == 0) acknowledge(comm, call, args.slot);
     }
     if (is_last) end(comm, call, args.slot.halves & kReceive);

@@ -376,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             if (blockIdx.x == 0) send_choices(args, shared);
             send_rows(args, reachable);
         }
-        is_last = is_last_block(comm, call);
+        is_last = is_last_to_tell(comm, call);
         if (is_last && warp_index() == 0) post_words(comm, call, args.slot);
         num_tickets = gridDim.x;
     }
@@ -387,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             if (blockIdx.x == 0) write_counts(args, shared.arrival.present, begins);
             receive_rows(args, shared, begins);
         }
-        is_last = is_last_block(comm, call, num_tickets);
+        is_last = is_last_to_tell(comm, call, num_tickets);
         if (is_last && warp_index() == 0) acknowledge(comm, call, args.slot);
     }
     if (is_last) end(comm, call, args.slot.halves & kReceive);

@@ -56,6 +56,15 @@ __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* address, uint
     return before;
 }
 
+__device__ __forceinline__ uint32_t atom_add_relaxed_gpu(uint32_t* address, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(address), "r"(value)
+                 : "memory");
+    return before;
+}
+
 __device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* address) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

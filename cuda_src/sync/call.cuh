@@ -16,10 +16,12 @@ __device__ inline bool begin(const Comm& comm, uint32_t operation, Call& call) {
     call.parity = call.sequence & 1;
     bool good = true;
     if (threadIdx.x == 0) {
+        // Both are on their way before either is looked at.
         good = ptx::ld_relaxed_sys(&comm.own().poison) == 0;
+        const bool was_busy = blockIdx.x == 0 && ptx::atom_cas_relaxed_gpu(&state.busy, 0, 1) != 0;
         if (!good) record_poison(comm, call, kPhaseEntry, 0);
         // A second operation of this Buffer at the same time: a replayed graph beside an eager call.
-        if (blockIdx.x == 0 && ptx::atom_cas_relaxed_gpu(&state.busy, 0, 1) != 0) {
+        if (was_busy) {
             record_error(comm, call, kConcurrent, kPhaseEntry, 1u << comm.rank, 0);
             poison_all(comm);
             good = false;
@@ -38,6 +40,20 @@ __device__ inline bool is_last_block(const Comm& comm, const Call& call, uint32_
         // The block's accesses, ordered by the barrier above, become visible before its ticket.
         ptx::fence_acq_rel_sys();
         is_last = ptx::atom_add_acq_rel_gpu(&comm.state().ticket[call.operation], 1) == num_before + gridDim.x - 1;
+    }
+    return __syncthreads_or(is_last);
+}
+
+// As is_last_block, for a block whose thread 0 goes on with a fence and then tells the peers: that fence is also the
+// acquire of the ticket, so the ticket itself needs no order. Each order of an atomic, a store or a fence of system scope
+// costs a round trip, one behind the other.
+__device__ inline bool is_last_to_tell(const Comm& comm, const Call& call, uint32_t num_before = 0) {
+    __syncthreads();
+    bool is_last = false;
+    if (threadIdx.x == 0) {
+        // RELEASE ticket: what the block did, ordered by the barrier above. Pairs with the fence of tell_ranks.
+        ptx::fence_acq_rel_sys();
+        is_last = ptx::atom_add_relaxed_gpu(&comm.state().ticket[call.operation], 1) == num_before + gridDim.x - 1;
     }
     return __syncthreads_or(is_last);
 }

@@ -75,26 +75,34 @@ __device__ inline uint32_t greeting(const SlotArgs& slot, bool is_pulled) {
     return (digest == kRejected ? 0 : digest) | is_pulled;
 }
 
-// One warp, when all blocks have sent: say so. Masked ranks hear that there is nothing for them.
+// Warp 0 of the last block: lane r's word goes to `at(r)`, at rank r. Thread 0, which drew the last ticket, stores all of
+// them behind one fence: it acquires the tickets of the other blocks, see is_last_to_tell, and releases what they did to
+// the peers. A fence in one thread and a store in another would be no release.
+template <typename Word, typename At> __device__ inline void tell_ranks(const Comm& comm, Word word, At at) {
+    if (lane_index() == 0) ptx::fence_acq_rel_sys();
+    for (int r = 0; r < comm.num_ranks; ++r) {
+        const Word value = __shfl_sync(~0u, word, r);
+        // RELEASE, by the fence above.
+        if (lane_index() == 0) ptx::st_relaxed_sys(at(r), value);
+    }
+}
+
+// Warp 0 of the last block, when all blocks have sent: say so. Masked ranks hear that there is nothing for them.
 __device__ inline void post_words(const Comm& comm, const Call& call, const SlotArgs& slot, bool is_pulled = false) {
     const int lane = lane_index();
     if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return;  // a block has given up
-    if (lane >= comm.num_ranks) return;
     const bool is_masked = masked_ranks(comm) >> lane & 1;
     const uint32_t word = slot.is_rejected ? kRejected : is_masked ? kLeftOut : greeting(slot, is_pulled);
-    ptx::fence_acq_rel_sys();
-    // RELEASE slot_ready[me] at rank `lane`. Pairs with the ACQUIRE in await_words, there.
-    ptx::st_release_sys(&comm.of(lane).slot_ready[slot.index()][comm.rank], tagged(call.sequence, word));
+    // RELEASE slot_ready[me] at every rank. Pairs with the ACQUIRE in await_words, there.
+    tell_ranks(comm, tagged(call.sequence, word),
+               [&](int r) { return &comm.of(r).slot_ready[slot.index()][comm.rank]; });
 }
 
-// One warp, when all blocks have read what was sent to this rank: the slot may be used again.
+// Warp 0 of the last block, when all blocks have read what was sent to this rank: the slot may be used again.
 __device__ inline void acknowledge(const Comm& comm, const Call& call, const SlotArgs& slot) {
-    const int lane = lane_index();
     if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return;
-    if (lane >= comm.num_ranks) return;
-    ptx::fence_acq_rel_sys();
-    // RELEASE slot_ack[me] at rank `lane`. Pairs with the ACQUIRE in await_room and in low_latency_wait.cu, there.
-    ptx::st_release_sys(&comm.of(lane).slot_ack[slot.index()][comm.rank], call.sequence);
+    // RELEASE slot_ack[me] at every rank. Pairs with the ACQUIRE in await_room and in low_latency_service.cu, there.
+    tell_ranks(comm, call.sequence, [&](int r) { return &comm.of(r).slot_ack[slot.index()][comm.rank]; });
 }
 
 // One warp: what the words say, lane r that of rank r, of which `awaited` says whether it counts. Block 0 tells the host.

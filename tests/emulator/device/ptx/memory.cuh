@@ -40,6 +40,11 @@ inline uint32_t atom_add_acq_rel_gpu(uint32_t* address, uint32_t value) {
     return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
 
+inline uint32_t atom_add_relaxed_gpu(uint32_t* address, uint32_t value) {
+    emulator::begin_atomic();
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
 inline uint32_t atom_cas_relaxed_gpu(uint32_t* address, uint32_t expected, uint32_t value) {
     return emulator::compare_and_swap(address, expected, value);
 }
