@@ -44,7 +44,7 @@ enum Verdict : uint32_t {
 };
 
 // A window is filled and emptied in as many parts.
-inline constexpr int kWindowParts = 4;
+inline constexpr int kWindowParts = 2;
 
 // What a rank may be waiting for. The names are in epcomm/kernels/layout.py.
 enum Phase : uint32_t { kPhaseCounts = 0, kPhaseEntry = 1, kPhaseDone = 2, kPhaseReady = 3, kPhaseAck = 4 };
@@ -63,7 +63,7 @@ struct State {
     // By Operation - kLowLatencyDispatch: what block 0 has seen, for the other blocks, where ranks that are late are
     // left out: {sequence << 32 | ranks that are there}, and {sequence << 32 | those of them whose rows are pulled}.
     uint64_t seen[2 * kNumSlots][2];
-    uint32_t unused2[8];
+    uint32_t unused2[16];
 };
 static_assert(sizeof(State) == 256);
 

@@ -53,7 +53,8 @@ def device_architecture(device: int) -> str:
 
 def device_uuid(device: int) -> str:
     """32 hexadecimal digits that are equal exactly for the same GPU (or MIG instance), in any process."""
-    return bytes(load_cupy().cuda.runtime.getDeviceProperties(device)["uuid"])[:16].hex()
+    uuid = bytes(load_cupy().cuda.runtime.getDeviceProperties(device)["uuid"])[:16]
+    return uuid.ljust(16, b"\0").hex()  # CuPy takes it for a string, which a zero ends
 
 
 def max_shared_bytes(device: int) -> int:

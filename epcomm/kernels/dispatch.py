@@ -7,7 +7,7 @@ import struct
 from typing import NamedTuple
 
 from epcomm.jit import Program
-from epcomm.kernels.layout import NUM_ENTRY_AGREED, round_up
+from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT, round_up
 from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
 
 __all__ = ["BESIDE_WARPS", "ENTRY", "FIELDS", "PROGRAM", "Shape", "Slot", "shape", "slot"]
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A slot of the window: one row and what travels beside it."""
+    """A slot of the window: one row and what travels beside it. Rows start at multiples of UNIT, as in outputs."""
 
     fields: tuple[int, int, int, int, int, int]  # offsets of row, scales, topk_idx, topk_weights, source; unused
     num_bytes: int
@@ -72,4 +72,4 @@ def slot(row_bytes: int, scales_bytes: int, topk_bytes: int, weights_bytes: int)
     for num_bytes in (row_bytes, scales_bytes, topk_bytes, weights_bytes, 4):
         offsets.append(offset)
         offset += round_up(num_bytes, 8)
-    return Slot((*offsets, 0), round_up(offset, 16))  # type: ignore[arg-type]
+    return Slot((*offsets, 0), round_up(offset, UNIT))  # type: ignore[arg-type]

@@ -10,12 +10,12 @@ from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES
 
 __all__ = ["PARTS", "WINDOW_BYTES", "Cut", "Window"]
 
-WINDOW_BYTES = 64 << 20
-PARTS = 4
+WINDOW_BYTES = 128 << 20
+PARTS = 2
 
 
 class Cut(NamedTuple):
-    """The window for rows of one size: offset in a region, bytes of a part of an area, bytes of a slot, slots of a part."""
+    """The window for rows of one size: offset in a region, bytes of a part of an area, of a slot, slots of a part."""
 
     offset: int
     area_bytes: int

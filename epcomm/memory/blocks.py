@@ -6,14 +6,18 @@ allocation takes the released blocks out of it and, for every stream that used o
 memory next waits for it, on the GPU. That event is recorded then and not earlier, because work was queued until the
 release.
 
-A block that was allocated under capture is part of a graph. Only later calls of the same capture, in the same stream, may
-have its memory again: replays execute them in that order, and two replays of one graph never overlap.
+The pool holds the objects that destroy the readers' streams, not only the block: in a cycle of garbage, the finalizers
+of the block and of its streams run in any order, and the pool would be left with streams that are gone.
+
+A block that was allocated under capture is part of a graph. Only later calls of the same capture, in the same stream,
+may have its memory again: replays execute them in that order, and two replays of one graph never overlap.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from epcomm.memory.ranges import FreeRanges
 from epcomm.memory.timeline import Timeline
@@ -27,6 +31,8 @@ GRANULE = 256  # bytes; blocks start and end at multiples of it
 # stream alive), whether it has hidden ones, what pins it: a capture's number, 0 for none. A plain tuple: the class of
 # a named one may be gone when the interpreter ends.
 _Release = tuple[int, int, dict[int, object], bool, int]
+
+_Note = tuple[int, object, bool]  # a stream, what keeps it, whether the block did not have it yet
 
 _FOREVER = -1  # pinned by a graph that did not allocate the block, or is not known; captures have positive numbers
 
@@ -45,6 +51,7 @@ class Block:
         "_capture",
         "_end",
         "_is_hidden",
+        "_note",
         "_readers",
         "_release",
         "num_bytes",
@@ -53,7 +60,14 @@ class Block:
     )
 
     def __init__(
-        self, ptr: int, num_bytes: int, offset: int, end: int, capture: int, release: Callable[[_Release], None]
+        self,
+        ptr: int,
+        num_bytes: int,
+        offset: int,
+        end: int,
+        capture: int,
+        release: Callable[[_Release], None],
+        note: Callable[[_Note], None],
     ) -> None:
         self.ptr = ptr
         self.num_bytes = num_bytes
@@ -63,6 +77,7 @@ class Block:
         self._is_hidden = False
         self._capture = capture
         self._release = release
+        self._note = note
 
     def __repr__(self) -> str:
         return f"Block({self.num_bytes} bytes at {self.ptr:#x})"
@@ -74,8 +89,10 @@ class Block:
             stream: raw handle. It must be valid until the memory is used again, after the release of this block.
             keep: kept until then; the object that destroys the stream when it goes (a CuPy stream).
         """
-        if keep is not None or stream not in self._readers:
+        is_new = stream not in self._readers
+        if is_new or (keep is not None and self._readers[stream] is not keep):
             self._readers[stream] = keep
+            self._note((stream, keep, is_new))
 
     def note_hidden_reader(self) -> None:
         """A framework works on the memory in streams that it does not tell: only the whole device can be waited for."""
@@ -114,6 +131,8 @@ class BlockPool:
         self._free = FreeRanges()
         self._released: deque[_Release] = deque()
         self._release = self._released.append
+        self._noted: deque[_Note] = deque()  # readers of live blocks, not counted yet
+        self._streams: dict[int, list[Any]] = {}  # readers of live blocks: how many have them, and what keeps them
         self._unrecorded: list[_Release] = []  # a reader is being captured: its event cannot be recorded yet
         self._under_way: deque[object] = deque()  # events that free ranges wait for, oldest first
         self._pinned: list[_Release] = []
@@ -165,7 +184,7 @@ class BlockPool:
         self._bytes_live += size
         if self._bytes_live > self._bytes_peak:
             self._bytes_peak = self._bytes_live
-        return Block(start, num_bytes, start - self._base, start + size, capture, self._release)
+        return Block(start, num_bytes, start - self._base, start + size, capture, self._release, self._noted.append)
 
     def _find(self, size: int, stream: int, high: bool, is_captured: bool) -> int | None:
         start = self._free.take_clean(size, high)
@@ -267,10 +286,17 @@ class BlockPool:
 
     def _drain(self, is_captured: bool) -> None:
         """Take in the released blocks."""
-        released = self._released
+        released = []
+        while self._released:
+            released.append(self._released.popleft())
+        while self._noted:  # after that: what was released was noted before
+            stream, keep, is_new = self._noted.popleft()
+            known = self._streams.setdefault(stream, [0, keep])
+            known[0] += is_new
+            known[1] = keep or known[1]
         used: list[_Release] = []
-        while released:
-            entry = released.popleft()
+        for entry in released:
+            self._forget_streams(entry)
             start, end, readers, is_hidden, capture = entry
             self._num_live -= 1
             self._bytes_live -= end - start
@@ -303,6 +329,13 @@ class BlockPool:
                         events[reader] = self._timeline.record(reader)
                 self._free.add(start, end, tuple([events[reader] for reader in readers]), is_hidden)
         self._under_way.extend(events.values())
+
+    def _forget_streams(self, entry: _Release) -> None:
+        """The entry itself keeps them from here on."""
+        for stream in entry[2]:
+            self._streams[stream][0] -= 1
+            if self._streams[stream][0] == 0:
+                del self._streams[stream]
 
     def _keep_pinned(self, entry: _Release) -> None:
         start, end, readers, is_hidden, capture = entry

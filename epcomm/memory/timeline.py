@@ -14,6 +14,7 @@ LEGACY_STREAM = 1  # cudaStreamLegacy: what 0 means, whatever the default of the
 
 _SUCCESS, _NOT_READY = "CUDA_SUCCESS", "CUDA_ERROR_NOT_READY"
 _DISABLE_TIMING = 2  # cudaEventDisableTiming
+_CAPTURE_IMPLICIT = 906  # cudaErrorStreamCaptureImplicit
 # Events that may be under way before `record` looks for finished ones to use again.
 _NUM_KEPT = 64
 
@@ -102,7 +103,9 @@ class CudaTimeline:
     def is_capturing(self, stream: int) -> bool:
         try:
             return bool(self._runtime.streamIsCapturing(stream or LEGACY_STREAM))
-        except self._runtime.CUDARuntimeError:
+        except self._runtime.CUDARuntimeError as error:
+            if error.status != _CAPTURE_IMPLICIT:
+                raise
             # The legacy stream cannot be asked while another stream captures; it must be left alone then, too.
             return True
 

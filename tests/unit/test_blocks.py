@@ -328,6 +328,30 @@ def test_blocks_of_a_capture_stay(timeline):
     assert pool.allocate(1, 7) is None
 
 
+def test_streams_outlive_a_cycle_of_garbage_with_their_block(timeline):
+    """The collector may finalize a stream before the block that it was noted in."""
+
+    class Stream:
+        is_destroyed = False
+
+        def __del__(self):
+            self.is_destroyed = True
+
+    pool = BlockPool(BASE, GRANULE, timeline)
+    cycle = [pool.allocate(1, 7), Stream()]
+    stream = weakref.ref(cycle[1])
+    cycle[0].note_reader(8, cycle[1])
+    cycle[0].note_reader(7)
+    pool.largest_free()
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert not stream().is_destroyed
+    pool.largest_free()
+    gc.collect()
+    assert stream() is None
+
+
 @pytest.mark.parametrize("other", [None, "stream", "reader", "pin", "capture"])
 def test_a_capture_has_its_memory_again(timeline, other):
     """In the same stream, if that was the only reader, and no other graph has the address."""

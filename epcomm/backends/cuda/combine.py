@@ -39,7 +39,7 @@ def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome
         x.dtype.name,
         job.placement.blocks(request.num_sms),
         shape,
-        *job.window.cut(row_bytes + round_up(4 * num_topk, 16)),
+        *job.window.cut(round_up(row_bytes + 4 * num_topk, UNIT)),
         rows,
         own_weights,
         handle.num_tokens,

@@ -220,6 +220,7 @@ class Job:
                 self.streams.synchronize()
             except Exception as error:  # the driver frees everything at exit
                 raise BufferDestroyed("destroy", got=str(error), do="end this process") from error
+            self.streams.release()
             del self._scratch
             close_or_park(self.outputs, self.outputs.release)
             if (

@@ -23,6 +23,9 @@ __all__ = ["StreamEvent", "Streams", "capture_event"]
 
 _HIGHEST = -5  # CUDA takes the highest that there is
 
+# By Streams that are not released: what keeps the streams that their Buffer may still have to wait for. Garbage
+# collection of a Buffer may finalize them before it, in any order.
+_alive: dict[int, tuple[object, object]] = {}
 _last = threading.local()  # .framework, .device: of the last input, for `capture_event`
 
 
@@ -110,7 +113,7 @@ class Streams:
         self.own = int(self.keeper.ptr)
         self._cupy, self._device, self._in_process = cupy, device, in_process
         self._last: int = self.own
-        self._last_keep: object = self.keeper
+        _alive[id(self)] = (self.keeper, None)
         self._last_captured: int | None = None
         self._captured_keep: object = None
         self._in_flight: deque[tuple[StreamEvent, object]] = deque()
@@ -151,7 +154,8 @@ class Streams:
             return True
         if self._last != run:
             order(self._last, run, self._device)
-        self._last, self._last_keep = run, keep
+            _alive[id(self)] = (self.keeper, keep)
+        self._last = run
         return False
 
     def runs_in_own(self, callers: int | None, async_finish: bool) -> bool:
@@ -176,3 +180,7 @@ class Streams:
             self._runtime.deviceSynchronize()  # graphs are replayed in streams that nobody tells of
         self._runtime.streamSynchronize(self._last or LEGACY)
         self._in_flight.clear()
+
+    def release(self) -> None:
+        """The streams need not be kept any more; after the last call."""
+        _alive.pop(id(self), None)
