@@ -301,6 +301,35 @@ def test_replays(comm, num_ranks, case, options):
 
 
 @pytest.mark.ranks(2)
+def test_layers_of_a_graph_share_memory(comm, num_ranks):
+    """The results of all layers but the last are dropped during the capture."""
+    step, static = (Step(BF16, num_ranks, comm.rank, seed) for seed in (3, 99))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    CUPY.synchronize()
+    with make_buffer(comm) as buffer, stream:
+        options = {"is_pulled": True, "is_split": False, "extra": 0}
+        pair(buffer, static, **options)
+        held, taken = [], []
+        for num_layers in (0, 2, 9):
+            stream.begin_capture()
+            results = None
+            for _ in range(num_layers):
+                results = pair(buffer, static, **options)
+            held.append((stream.end_capture(), results))
+            del results
+            pair(buffer, static, **options)  # the pool looks at what was released
+            taken.append(buffer.stats["outputs_bytes_live"] + buffer.stats["outputs_bytes_pinned"])
+        assert 0 < taken[2] - taken[1] <= taken[1] - taken[0]
+        step.load_into(static)
+        for graph, (result, combined) in held[1:]:
+            graph.launch(stream)
+            checks.assert_low_latency_dispatched(buffer, step.inputs, result)
+            assert_bitwise(down(combined.combined_x), step.inputs.combined()[comm.rank])
+        stream.synchronize()
+        comm.barrier()
+
+
+@pytest.mark.ranks(2)
 def test_combine_buffers_are_not_allocated_under_capture(comm):
     inputs = BF16.inputs(comm.size)
     stream = cupy.cuda.Stream(non_blocking=True)
