@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,17 @@ def write_to_all_and_read(comm: Communicator) -> None:
         comm.barrier()
 
 
+_listing = threading.Lock()
+
+
+def num_open_files(comm: Communicator) -> int:
+    """Of this process, while no other thread of it reads a directory, or opens anything."""
+    with _listing:
+        number = len(os.listdir("/proc/self/fd"))
+    comm.barrier()
+    return number
+
+
 def create_and_close(comm: Communicator, num_cycles: int) -> None:
     device = device_of(comm)
 
@@ -71,12 +83,12 @@ def create_and_close(comm: Communicator, num_cycles: int) -> None:
 
     cycle()  # the driver opens files of its own at first use
     comm.barrier()
-    num_open = len(os.listdir("/proc/self/fd"))
+    num_open = num_open_files(comm)
     free, _ = cupy.cuda.runtime.memGetInfo()
     for _ in range(num_cycles):
         cycle()
     comm.barrier()
-    assert len(os.listdir("/proc/self/fd")) <= num_open
+    assert num_open_files(comm) <= num_open
     assert free - cupy.cuda.runtime.memGetInfo()[0] < 64 << 20
     comm.barrier()
 
