@@ -251,7 +251,8 @@ template <typename T> __device__ inline void copy_elements(const T* from, T* to,
     for (int i = lane_index(); i < count; i += kWarp) to[i] = from[i];
 }
 
-// One warp copies what lies beside the row in a slot to this rank's outputs; loads come before stores, for one latency.
+// One warp copies what lies beside the row in a slot to this rank's outputs. Of all but the scales, loads come before
+// stores, for one latency.
 __device__ inline void take_beside(const DispatchArgs& args, uint64_t slot, int64_t row) {
     constexpr int kMost = 2;  // words a lane, for 32 indices of 8 bytes
     uint32_t words[kNumFields][kMost];

@@ -20,7 +20,8 @@ struct Window {
 
     // The index of round `round` for `peer`, in the region of `owner`: int32 [num_slots].
     __device__ uint64_t index(const Comm& comm, int owner, int peer, uint32_t round) const {
-        return comm.region[owner] + offset + (static_cast<uint64_t>(kWindowParts) * peer + round % kWindowParts) * area_bytes;
+        const uint64_t part = static_cast<uint64_t>(kWindowParts) * peer + round % kWindowParts;
+        return comm.region[owner] + offset + part * area_bytes;
     }
     // The slots behind it.
     __device__ uint64_t slots(const Comm& comm, int owner, int peer, uint32_t round) const {

@@ -79,7 +79,7 @@ def test_cases_through_the_window(size):
 @in_one_process
 @sizes
 def test_many_rounds(size, monkeypatch):
-    shrink_window(monkeypatch, 65536 * size)
+    shrink_window(monkeypatch, 32768 * size)
     case = Case("600 tokens", tokens=(600, 0, 77, 300), num_biases=1)
     run_in_streams(size, run_cases, [case], 0)
 

@@ -173,7 +173,7 @@ ROUNDS = {
 @pytest.mark.parametrize("num_sms", [1, 16])
 def test_many_rounds(comm, num_ranks, num_sms, monkeypatch):
     """A window of 20 to 100 rows for each peer, twice; outputs of all ranks, or of some, go through it."""
-    shrink_window(monkeypatch, 65536 * num_ranks)
+    shrink_window(monkeypatch, 32768 * num_ranks)
     default = Buffer.get_dispatch_config(num_ranks)
     config = Config(fitting_sms(num_sms, num_ranks), *default.values()[1:])
     for num_nvl_bytes in (0, 64 << 10):
