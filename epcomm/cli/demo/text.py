@@ -62,4 +62,4 @@ def _own_text() -> tuple[bytes, str]:
     readme = Path(str(package)).parent / "README.md"
     if readme.is_file():
         return readme.read_bytes()[:MAX_TOKENS], "the README of epcomm"
-    return package.joinpath("reference.py").read_bytes()[:MAX_TOKENS], "reference.py of epcomm"
+    return package.joinpath("reference", "throughput.py").read_bytes()[:MAX_TOKENS], "the oracle of epcomm"
