@@ -14,18 +14,32 @@ Arithmetic, which is part of the definition:
 * NaN and Inf go through sums as IEEE 754 says. The payload and sign of a NaN are not defined.
 """
 
-from epcomm.reference.formats import cast_fp8
+from epcomm.reference.formats import (
+    LOGFMT_CALC_DIFF,
+    LOGFMT_FLOOR,
+    LOGFMT_RELATIVE_ERROR,
+    cast_fp8,
+    decode_logfmt,
+    encode_logfmt,
+    logfmt_bound,
+)
 from epcomm.reference.low_latency import LowLatencyDispatched, low_latency_combine, low_latency_dispatch
 from epcomm.reference.throughput import Dispatched, Layout, combine, dispatch, get_dispatch_layout
 
 __all__ = [
+    "LOGFMT_CALC_DIFF",
+    "LOGFMT_FLOOR",
+    "LOGFMT_RELATIVE_ERROR",
     "Dispatched",
     "Layout",
     "LowLatencyDispatched",
     "cast_fp8",
     "combine",
+    "decode_logfmt",
     "dispatch",
+    "encode_logfmt",
     "get_dispatch_layout",
+    "logfmt_bound",
     "low_latency_combine",
     "low_latency_dispatch",
 ]
