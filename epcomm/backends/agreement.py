@@ -44,8 +44,9 @@ DISPATCH = (
 )
 CACHED_DISPATCH = (*_PAYLOAD, "handle of dispatch", *_CONFIG)
 COMBINE = ("hidden", "dtype", "num_topk", "handle of dispatch", *_CONFIG)
-LOW_LATENCY_COMBINE = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
-LOW_LATENCY_DISPATCH = (*LOW_LATENCY_COMBINE, "use_fp8", "round_scale", "use_ue8m0")
+_LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
+LOW_LATENCY_DISPATCH = (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0")
+LOW_LATENCY_COMBINE = (*_LOW_LATENCY, "use_logfmt")
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
 
@@ -119,6 +120,7 @@ def low_latency_combine_values(request: LowLatencyCombineRequest) -> tuple[int, 
         request.topk_idx.shape[1],
         handle.num_experts,
         handle.num_max_dispatch_tokens_per_rank,
+        request.use_logfmt,
     )
 
 

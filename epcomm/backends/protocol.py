@@ -159,6 +159,7 @@ class LowLatencyCombineRequest:
     handle: LowLatencyHandle
     out: Array  # bfloat16 [T, hidden]
     wait_stats: Array | None  # as in a dispatch
+    use_logfmt: bool  # rows travel in `epcomm.numerics.encode_logfmt`; hidden is a multiple of its block
     zero_copy: bool  # x is what low_latency_combine_buffer returned
     num_sms: int
     is_postponed: bool  # as in a dispatch

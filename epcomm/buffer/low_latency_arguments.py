@@ -19,7 +19,7 @@ from epcomm.buffer.arguments import (
 )
 from epcomm.errors import CapacityError, HandleError, ImmutableArray, InputError, ShapeError
 from epcomm.handle import LowLatencyHandle
-from epcomm.numerics import BFLOAT16, FP8_BLOCK
+from epcomm.numerics import BFLOAT16, FP8_BLOCK, LOGFMT_BLOCK
 
 __all__ = ["low_latency_combine_request", "low_latency_dispatch_request", "low_latency_handle", "writable_masks"]
 
@@ -103,6 +103,7 @@ def low_latency_combine_request(
     out: Any,
     wait_stats: Any,
     *,
+    use_logfmt: bool,
     return_recv_hook: bool,
     num_ranks: int,
     num_sms: int,
@@ -118,6 +119,13 @@ def low_latency_combine_request(
     num_local, max_rows = handle.src_info.shape
     view = rows_argument(turn, x, "x", (BFLOAT16,), ndim=3)
     turn.check(view, "x", shape=(num_local, max_rows, handle.hidden))
+    if use_logfmt and handle.hidden % LOGFMT_BLOCK:
+        raise ShapeError(
+            "x",
+            got=f"hidden {handle.hidden}",
+            wanted=f"a multiple of {LOGFMT_BLOCK}",
+            do="pad hidden, or pass use_logfmt=False",
+        )
     indices = topk_indices(turn, topk_idx, handle.num_tokens, handle.num_experts, check)
     sums = (handle.num_tokens, handle.hidden)
     return LowLatencyCombineRequest(
@@ -129,6 +137,7 @@ def low_latency_combine_request(
         if out is None
         else writable_argument(turn, out, "out", BFLOAT16, sums, aligned=True),
         wait_stats=_wait_stats(turn, wait_stats, "combine_wait_recv_cost_stats", num_ranks),
+        use_logfmt=bool(use_logfmt),
         zero_copy=in_place is not None,
         num_sms=num_sms,
         is_postponed=bool(return_recv_hook),

@@ -10,7 +10,7 @@ import numpy as np
 
 from epcomm.errors import CapacityError, RoutingError
 from epcomm.reference.checks import Array, check_routing, check_rows, divide, ieee_754
-from epcomm.reference.formats import cast_fp8
+from epcomm.reference.formats import cast_fp8, decode_logfmt, encode_logfmt
 
 __all__ = ["LowLatencyDispatched", "low_latency_combine", "low_latency_dispatch"]
 
@@ -108,6 +108,7 @@ def low_latency_combine(
     topk_weights: Sequence[Array],
     dispatched: Sequence[LowLatencyDispatched],
     *,
+    use_logfmt: bool = False,
     masks: Sequence[Array] | None = None,
 ) -> list[Array]:
     """Weighted sum of the expert outputs of every token.
@@ -115,18 +116,22 @@ def low_latency_combine(
     ``a = +0; for k ascending: a = fadd(a, fmul(w_k, float(x_k))); round to bfloat16``. Choices of -1, and
     those on a rank that ignores or is ignored, are skipped.
 
+    With `use_logfmt` every x_k, also one that stays on its rank, is what comes back of it through `encode_logfmt`.
+    Backends do that with a logarithm of their own: a product may be off by ``|w_k| logfmt_bound(x_k)``.
+
     Args:
         x: per rank bfloat16 ``[L, R * M, H]``, one output for every row of `dispatched`.
         topk_idx: per rank ``[T, K]``, as given to `low_latency_dispatch`.
         topk_weights: per rank float32 ``[T, K]``.
         dispatched: per rank, the result of `low_latency_dispatch`.
+        use_logfmt: see above; H is a multiple of 128.
         masks: see `low_latency_dispatch`; may mask more ranks than the dispatch did.
 
     Returns:
         Per rank bfloat16 ``[T, H]``.
 
     Raises:
-        ShapeError: lists or arrays whose lengths disagree.
+        ShapeError: lists or arrays whose lengths disagree, or `use_logfmt` with another H.
         RoutingError: a choice that is neither masked nor in `dispatched`.
     """
     num_ranks, num_local_experts = len(x), len(dispatched[0].recv_count)
@@ -149,8 +154,10 @@ def low_latency_combine(
                 rows = row_of[experts, tokens]
                 if (rows < 0).any():
                     raise RoutingError(f"topk_idx of rank {source}", got="other choices", wanted="those dispatched")
-                outputs = x[rank][experts % num_local_experts, rows].astype(np.float32)
-                product = weights[tokens, k, None].astype(np.float32) * outputs
+                outputs = x[rank][experts % num_local_experts, rows]
+                if use_logfmt:
+                    outputs = decode_logfmt(encode_logfmt(outputs), outputs.shape[1])
+                product = weights[tokens, k, None].astype(np.float32) * outputs.astype(np.float32)
                 a[tokens] = a[tokens] + product
         results.append(a.astype(ml_dtypes.bfloat16))
     return results

@@ -14,7 +14,7 @@ from helpers.gpu import busy, need_gpu
 from helpers.low_latency import BF16, BY_NAME, FP8, UE8M0
 
 from epcomm import Buffer
-from epcomm.errors import BufferStateError, CapacityError, InputError
+from epcomm.errors import BufferStateError, CapacityError, InputError, PeerError, UnsupportedOption
 from epcomm.layout import NUM_SLOTS
 from epcomm.testing import assert_bitwise, uniform_routing
 
@@ -162,6 +162,18 @@ def test_out_and_statistics(buffer, num_ranks):
     low_latency.out_and_statistics(buffer)
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("option", ["use_logfmt"])
+def test_options_that_are_not_there_yet(buffer, num_ranks, option):
+    inputs = BF16.inputs(num_ranks)
+    result = checks.low_latency_dispatch(buffer, inputs)
+    with pytest.raises(UnsupportedOption, match=f"^{option}: got True; wanted False"):
+        checks.low_latency_combine(buffer, inputs, result, **{option: True})
+    CUPY.synchronize()
+    assert type(error_of(buffer.check)) is PeerError
+    checks.low_latency_round_trip(buffer, inputs)
+
+
 # -- combine buffers --------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +206,7 @@ def test_a_rejected_combine_uses_up_the_combine_buffer(comm, buffer):
     rows = buffer.get_next_low_latency_combine_buffer(result.handle)
     assign(rows, CUPY.up(inputs.outputs[comm.rank]))
     options = {"x": rows, "zero_copy": True}
-    wrong = {"use_logfmt": True} if comm.rank == 1 else {}
+    wrong = {"out": rows[0]} if comm.rank == 1 else {}
     error = error_of(lambda: checks.low_latency_combine(buffer, inputs, result, **options, **wrong))
     assert (error is not None) == (comm.rank == 1)
     CUPY.synchronize()

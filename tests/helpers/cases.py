@@ -18,7 +18,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from epcomm import reference, testing
 
-__all__ = ["CASES", "LOW_LATENCY_CASES", "PLACING_CASES", "Case", "Inputs", "LowLatencyCase", "LowLatencyInputs"]
+__all__ = [
+    "CASES",
+    "LOGFMT_CASES",
+    "LOW_LATENCY_CASES",
+    "PLACING_CASES",
+    "Case",
+    "Inputs",
+    "LowLatencyCase",
+    "LowLatencyInputs",
+]
 
 Array: TypeAlias = NDArray[Any]
 Scales: TypeAlias = Callable[[int, int], Array]  # (tokens of all ranks, seed) -> [tokens, ...]
@@ -273,6 +282,7 @@ class LowLatencyCase:
     Attributes:
         max_tokens: num_max_dispatch_tokens_per_rank.
         cast: the options of low_latency_dispatch that choose the format of the rows.
+        combine: the options of low_latency_combine that choose how rows come back.
         is_special: rows, outputs and weights have NaN, Inf, signed zeros and subnormals.
     """
 
@@ -285,12 +295,18 @@ class LowLatencyCase:
     routing: Callable[..., Array] = masked
     topk_dtype: type = np.int64
     cast: tuple[str, ...] = ()
+    combine: tuple[str, ...] = ()
     is_special: bool = False
 
     @property
     def options(self) -> dict[str, bool]:
         """Keywords of dispatch, here and in the oracle."""
         return {name: name in self.cast for name in ("use_fp8", "round_scale", "use_ue8m0")}
+
+    @property
+    def combine_options(self) -> dict[str, bool]:
+        """Keywords of combine, likewise."""
+        return {name: name in self.combine for name in ("use_logfmt",)}
 
     def inputs(self, num_ranks: int, seed: int = 0) -> LowLatencyInputs:
         """The case on a number of ranks."""
@@ -317,8 +333,28 @@ class LowLatencyInputs:
 
     def combined(self, masks: list[Array] | None = None, at_dispatch: list[Array] | None = None) -> list[Array]:
         """What every rank gets back for `outputs`; the dispatch may have had fewer `masks`."""
+        return self._combined(self.outputs, self.topk_weights, masks, at_dispatch, self.case.combine_options)
+
+    def combined_in_logfmt(
+        self, masks: list[Array] | None = None, at_dispatch: list[Array] | None = None
+    ) -> list[tuple[Array, Array]]:
+        """The same with rows that travel as they are, and how far the sums of rows in LogFMT may be from that."""
+        sums = self._combined(self.outputs, self.topk_weights, masks, at_dispatch, {})
+        bounds = [reference.logfmt_bound(rows) for rows in self.outputs]
+        weights = [np.abs(array) for array in self.topk_weights]
+        # Both sums are rounded to bfloat16; the sum of the bounds is, too.
+        slack = [1.01 * bound.astype(np.float64) for bound in self._combined(bounds, weights, masks, at_dispatch, {})]
+        with np.errstate(invalid="ignore"):  # Inf and NaN
+            return [
+                (x, far + 2.0**-7 * (np.abs(x.astype(np.float64)) + far) + 1e-40)
+                for x, far in zip(sums, slack, strict=True)
+            ]
+
+    def _combined(
+        self, outputs: list[Array], weights: list[Array], masks: Any, at_dispatch: Any, options: dict[str, bool]
+    ) -> list[Array]:
         return reference.low_latency_combine(
-            self.outputs, self.topk_idx, self.topk_weights, self.dispatched(at_dispatch), masks=masks
+            outputs, self.topk_idx, weights, self.dispatched(at_dispatch), masks=masks, **options
         )
 
 
@@ -357,4 +393,28 @@ LOW_LATENCY_CASES = (
     LowLatencyCase("special_bfloat16", is_special=True),
     LowLatencyCase("special_fp8", is_special=True, cast=("use_fp8",)),
     LowLatencyCase("special_fp8_ue8m0", is_special=True, cast=("use_fp8", "round_scale", "use_ue8m0")),
+)
+
+
+def _with_combine(option: str, names: tuple[str, ...]) -> tuple[LowLatencyCase, ...]:
+    """Some of `LOW_LATENCY_CASES`, with an option of combine."""
+    cases = [case for case in LOW_LATENCY_CASES if case.name in names]
+    assert len(cases) == len(names)
+    return tuple(replace(case, name=f"{option}_{case.name}", combine=(option,)) for case in cases)
+
+
+_ROUTED = (
+    "bfloat16",
+    "full",
+    "zero_tokens_on_one_rank",
+    "zero_tokens_everywhere",
+    "all_to_one_expert",
+    "all_masked",
+    "zipf_skew",
+    "one_expert_per_rank",
+    "special_bfloat16",
+)
+LOGFMT_CASES = (
+    *_with_combine("use_logfmt", (*_ROUTED, "fp8_ue8m0")),
+    LowLatencyCase("use_logfmt_hidden_7168", hidden=7168, tokens=(2, 3), max_tokens=4, combine=("use_logfmt",)),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers import checks, low_latency
-from helpers.cases import CASES, LOW_LATENCY_CASES
+from helpers.cases import CASES, LOGFMT_CASES, LOW_LATENCY_CASES
 from helpers.low_latency import BF16, BY_NAME, FP8, UE8M0, masked_round_trip, masks_of, query
 
 from epcomm import Buffer
@@ -14,8 +14,11 @@ from epcomm.layout import NUM_SLOTS
 from epcomm.testing import assert_bitwise
 
 SIZES, MORE_SIZES = (3,), (1, 2, 4, 8)
+COMBINES = ((), ("use_logfmt",))
+LOGFMT = {case.name.removeprefix("use_logfmt_"): case for case in LOGFMT_CASES}
 
 all_cases = pytest.mark.parametrize("case", LOW_LATENCY_CASES, ids=lambda case: case.name)
+combine_cases = pytest.mark.parametrize("case", LOGFMT_CASES, ids=lambda case: case.name)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def test_case_by_messages(comm, case, hosts, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.ranks(SIZES)
 def test_hundred_calls_of_changing_shape(buffer, num_ranks):
-    low_latency.calls_of_changing_shape(buffer, 100)
+    low_latency.calls_of_changing_shape(buffer, 100, combines=COMBINES)
 
 
 @pytest.mark.ranks(3)
@@ -115,6 +118,72 @@ def test_too_many_tokens_on_one_rank(buffer, comm):
     with pytest.raises(CapacityError if is_guilty else PeerError, match="num_max_dispatch_tokens_per_rank"):
         buffer.low_latency_dispatch(inputs.x[comm.rank], inputs.topk_idx[comm.rank], most - 1, inputs.num_experts)
     checks.low_latency_round_trip(buffer, inputs)
+
+
+# -- options of combine ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(SIZES)
+@combine_cases
+def test_combine_case(buffer, num_ranks, case):
+    checks.low_latency_round_trip(buffer, case.inputs(num_ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks((1, 2, 5, 8))
+@combine_cases
+def test_combine_case_on_more_ranks(buffer, num_ranks, case):
+    checks.low_latency_round_trip(buffer, case.inputs(num_ranks))
+
+
+@pytest.mark.ranks(3)
+def test_combines_of_several_kinds_in_flight(buffer, comm):
+    for first, second in ((LOGFMT["bfloat16"], BF16), (BY_NAME["full"], LOGFMT["full"])):
+        inputs = [first.inputs(comm.size), second.inputs(comm.size, 1)]
+        low_latency.round_trips_in_flight(buffer, inputs, (comm.rank % 2, 1 - comm.rank % 2))
+
+
+@pytest.mark.ranks(3)
+def test_zero_copy_with_logfmt(buffer, comm):
+    low_latency.zero_copy(buffer, LOGFMT["full"].inputs(comm.size))
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("ignored", low_latency.IGNORED.values(), ids=low_latency.IGNORED)
+def test_masks_and_options_of_combine(buffer, comm, ignored):
+    low_latency.masks_that_the_user_sets(comm, buffer, ignored, (LOGFMT["bfloat16"], BF16))
+
+
+@pytest.mark.ranks(3)
+def test_mask_set_between_dispatch_and_combine_with_options(buffer, comm):
+    low_latency.mask_set_between_dispatch_and_combine(comm, buffer, LOGFMT["bfloat16"])
+
+
+def bytes_of_combine(buffer, inputs):
+    """Bytes that travel from this rank in a combine, by message or in its window."""
+    result = checks.low_latency_dispatch(buffer, inputs)
+    before = buffer.stats
+    combined = checks.low_latency_combine(buffer, inputs, result)
+    after = buffer.stats
+    checks.assert_low_latency_combined(buffer, inputs, combined.combined_x)
+    return tuple(after[name] - before[name] for name in ("bytes_copied_to_windows", "bytes_sent_by_message"))
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("transport", ["segments", "messages"])
+def test_logfmt_sends_164_bytes_for_128_channels(comm, transport, monkeypatch):
+    monkeypatch.setenv("EPCOMM_HOST_TRANSPORT", transport)
+    plain, short = BY_NAME["fp8_ue8m0"].inputs(comm.size), LOGFMT["fp8_ue8m0"].inputs(comm.size)
+    assert plain.case.hidden == 640
+    received = plain.dispatched()[comm.rank]
+    from_others = int(received.recv_count.sum() - (received.layout_range[:, comm.rank] & 0xFFFFFFFF).sum())
+    with Buffer(comm, low_latency_mode=True) as buffer:
+        for inputs, row_bytes in ((plain, 2 * 640), (short, 5 * 160 + 32)):
+            if transport == "segments":  # what a rank sends to itself stays where it is
+                assert bytes_of_combine(buffer, inputs) == (from_others * row_bytes, 0)
+            else:
+                assert bytes_of_combine(buffer, inputs) == (0, int(received.recv_count.sum()) * row_bytes)
+        comm.barrier()
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -266,6 +266,17 @@ def test_zero_copy_takes_a_buffer_of_this_handle_once(buffer):
     moe.assert_works(buffer)
 
 
+def test_logfmt_takes_whole_groups_of_channels(buffer):
+    scene = set_scene(buffer, "low_latency_dispatch")
+    narrow = np.ones((len(scene.mine.x), 192), moe.BFLOAT16)
+    arrived = call(scene, "low_latency_dispatch", {"x": narrow})
+    arguments = (arrived.recv_x, scene.mine.topk_idx, scene.mine.topk_weights, arrived.handle)
+    with raises(ShapeError, "^x: got hidden 192; wanted a multiple of 128; pad hidden, or pass use_logfmt=False"):
+        buffer.low_latency_combine(*arguments, use_logfmt=True)
+    buffer.low_latency_combine(*arguments)
+    moe.assert_works(buffer)
+
+
 def test_a_third_send_before_a_receive(buffer):
     scene = set_scene(buffer, "low_latency_dispatch")
     hooks = [call(scene, "low_latency_dispatch", {"return_recv_hook": True}).hook for _ in range(2)]

@@ -23,7 +23,7 @@ from epcomm.config import (
     low_latency_row_stride,
     low_latency_rows_offset,
 )
-from epcomm.errors import CapacityError
+from epcomm.errors import CapacityError, UnsupportedOption
 from epcomm.kernels import low_latency_dispatch as kernel
 from epcomm.kernels.layout import MAX_LOCAL_EXPERTS, MAX_RANKS, NUM_ENTRY_AGREED
 from epcomm.kernels.low_latency import RECEIVE, SEND, THREADS, piece_bytes
@@ -83,6 +83,8 @@ def combine(job: Job, turn: CudaTurn, request: LowLatencyCombineRequest) -> Rece
     """The send half, and the receive half too unless it is postponed. Does not wait for anybody on the host."""
     low, handle = job.low_latency, request.handle
     slot = low.combines.next_slot()
+    if request.use_logfmt:
+        raise UnsupportedOption("use_logfmt", got="True", wanted="False", do="on CUDA rows travel in bfloat16, so far")
     _check_combine(job, request)
     turn.pin(handle.recv_ranges, handle.send_pos, handle.send_begin)
     topk_idx, num_topk, row_bytes = request.topk_idx, request.topk_idx.shape[1], 2 * handle.hidden

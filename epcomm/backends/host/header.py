@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
-from epcomm.backends.agreement import CACHED_DISPATCH, COMBINE, DISPATCH, show
+from epcomm.backends.agreement import (
+    CACHED_DISPATCH,
+    COMBINE,
+    DISPATCH,
+    LOW_LATENCY_COMBINE,
+    LOW_LATENCY_DISPATCH,
+    show,
+)
 from epcomm.errors import PeerError, RankMismatch
 from epcomm.layout import (
     HEADER_NUMBERS,
@@ -56,15 +63,14 @@ _LABELS = {
 }
 
 # Names of the values that must agree, by operation, in the order of `Header.agreed`.
-_LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
 AGREED: dict[Operation, tuple[str, ...]] = {
     Operation.DISPATCH: DISPATCH,
     Operation.CACHED_DISPATCH: CACHED_DISPATCH,
     Operation.COMBINE: COMBINE,
     Operation.FORWARD_DISPATCH: (),
     Operation.FORWARD_COMBINE: (),
-    Operation.LOW_LATENCY_DISPATCH: (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0"),
-    Operation.LOW_LATENCY_COMBINE: _LOW_LATENCY,
+    Operation.LOW_LATENCY_DISPATCH: LOW_LATENCY_DISPATCH,
+    Operation.LOW_LATENCY_COMBINE: LOW_LATENCY_COMBINE,
     Operation.CLEAN_MASKS: (),
     Operation.BARRIER: (),
 }

@@ -9,6 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.arrays import empty
+from epcomm.backends.agreement import (
+    LOW_LATENCY_COMBINE,
+    LOW_LATENCY_DISPATCH,
+    low_latency_combine_values,
+    low_latency_dispatch_values,
+)
 from epcomm.backends.host.delivery import Delivery
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.fields import Field, as_bytes, by_index, by_range, to_all
@@ -21,7 +27,17 @@ from epcomm.backends.protocol import (
 )
 from epcomm.errors import RoutingError
 from epcomm.layout import Ring
-from epcomm.numerics import BFLOAT16, FP8_BLOCK, FP8_E4M3, accumulate_weighted, cast_fp8, num_packed_scales, round_to
+from epcomm.numerics import (
+    BFLOAT16,
+    FP8_BLOCK,
+    FP8_E4M3,
+    accumulate_weighted,
+    cast_fp8,
+    decode_logfmt,
+    encode_logfmt,
+    num_packed_scales,
+    round_to,
+)
 
 __all__ = ["combine", "dispatch"]
 
@@ -90,15 +106,7 @@ def dispatch(
     if request.use_fp8:
         payload = list(cast_fp8(request.x, round_scale=request.round_scale, use_ue8m0=request.use_ue8m0))
     fields = [Field(request.topk_idx.astype(np.int64, copy=False), everyone), *(Field(p, everyone) for p in payload)]
-    agreed = {
-        "hidden": request.x.shape[1],
-        "num_topk": request.topk_idx.shape[1],
-        "num_experts": request.num_experts,
-        "num_max_dispatch_tokens_per_rank": request.num_max_dispatch_tokens_per_rank,
-        "use_fp8": request.use_fp8,
-        "round_scale": request.round_scale,
-        "use_ue8m0": request.use_ue8m0,
-    }
+    agreed = dict(zip(LOW_LATENCY_DISPATCH, low_latency_dispatch_values(request), strict=True))
     ticket = exchange.post(Operation.LOW_LATENCY_DISPATCH, Ring.LOW_LATENCY_DISPATCH, agreed, fields)
     outcome = _allocate(request, size)
 
@@ -113,7 +121,7 @@ def dispatch(
 
 
 def _send_fields(request: LowLatencyCombineRequest) -> list[Field]:
-    """Rows for each source rank: by local expert, then token. Copied together unless they lie in the window."""
+    """Rows for each source rank: by local expert, then token. Copied together unless they lie in the window as sent."""
     handle = request.handle
     num_local, num_ranks, _ = handle.recv_ranges.shape
     num_rows, begin = handle.recv_ranges[..., 0], handle.recv_ranges[..., 1]
@@ -126,20 +134,16 @@ def _send_fields(request: LowLatencyCombineRequest) -> list[Field]:
         for expert in range(num_local)
     ]
     indices = np.concatenate(order).astype(np.int32)
-    if request.zero_copy:
+    if request.zero_copy and not request.use_logfmt:
         return [Field(rows, by_index(indices, counts))]
-    return [Field(rows.view(np.uint16)[indices], by_range(np.cumsum(counts) - counts, counts))]
+    chosen = rows.view(np.uint16)[indices]  # NumPy copies integers faster
+    sent = encode_logfmt(chosen.view(BFLOAT16)) if request.use_logfmt else chosen
+    return [Field(sent, by_range(np.cumsum(counts) - counts, counts))]
 
 
 def combine(exchange: Exchange, request: LowLatencyCombineRequest) -> Callable[[HostTurn], None]:
     """Send half now; the result is the receive half."""
-    handle = request.handle
-    agreed = {
-        "hidden": handle.hidden,
-        "num_topk": request.topk_idx.shape[1],
-        "num_experts": handle.num_experts,
-        "num_max_dispatch_tokens_per_rank": handle.num_max_dispatch_tokens_per_rank,
-    }
+    agreed = dict(zip(LOW_LATENCY_COMBINE, low_latency_combine_values(request), strict=True))
     fields = _send_fields(request)
     ticket = exchange.post(Operation.LOW_LATENCY_COMBINE, Ring.LOW_LATENCY_COMBINE, agreed, fields)
 
@@ -171,7 +175,8 @@ def _reduce(exchange: Exchange, delivery: Delivery, request: LowLatencyCombineRe
                 got=f"{delivery.count(owner)} rows from rank {owner} for {expected} choices",
                 wanted="the topk_idx of the dispatch that made the handle",
             )
-        parts.append(delivery.rows(owner, 0).reshape(-1).view(BFLOAT16).reshape(expected, -1))
+        sent = delivery.rows(owner, 0)
+        parts.append(decode_logfmt(sent, request.handle.hidden) if request.use_logfmt else sent.view(BFLOAT16))
         present[experts] = True
         first_row[experts] = first + np.cumsum(counts[experts]) - counts[experts]
         first += expected
