@@ -46,7 +46,7 @@ CACHED_DISPATCH = (*_PAYLOAD, "handle of dispatch", *_CONFIG)
 COMBINE = ("hidden", "dtype", "num_topk", "handle of dispatch", *_CONFIG)
 _LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
 LOW_LATENCY_DISPATCH = (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0")
-LOW_LATENCY_COMBINE = (*_LOW_LATENCY, "use_logfmt")
+LOW_LATENCY_COMBINE = (*_LOW_LATENCY, "use_logfmt", "pre_reduce")
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
 
@@ -121,6 +121,7 @@ def low_latency_combine_values(request: LowLatencyCombineRequest) -> tuple[int, 
         handle.num_experts,
         handle.num_max_dispatch_tokens_per_rank,
         request.use_logfmt,
+        request.pre_reduce,
     )
 
 

@@ -160,6 +160,7 @@ class LowLatencyCombineRequest:
     out: Array  # bfloat16 [T, hidden]
     wait_stats: Array | None  # as in a dispatch
     use_logfmt: bool  # rows travel in `epcomm.numerics.encode_logfmt`; hidden is a multiple of its block
+    pre_reduce: bool  # each rank's rows of a token are summed and rounded first; not with use_logfmt or zero_copy
     zero_copy: bool  # x is what low_latency_combine_buffer returned
     num_sms: int
     is_postponed: bool  # as in a dispatch

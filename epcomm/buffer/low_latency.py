@@ -9,6 +9,7 @@ from epcomm.arrays import framework_of
 from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable, Turn
 from epcomm.buffer.arguments import writable_framework
 from epcomm.buffer.low_latency_arguments import (
+    check_pre_reduce,
     low_latency_combine_request,
     low_latency_dispatch_request,
     low_latency_handle,
@@ -140,6 +141,8 @@ class LowLatencyOperations(LowLatencyMasks):
         return_recv_hook: bool = False,
         out: Any = None,
         combine_wait_recv_cost_stats: Any = None,
+        *,
+        pre_reduce: bool = False,
     ) -> LowLatencyCombineResult:
         """Bring the experts' rows back and sum them with the tokens' weights.
 
@@ -160,12 +163,15 @@ class LowLatencyOperations(LowLatencyMasks):
             async_finish, return_recv_hook: as in `low_latency_dispatch`.
             out: bfloat16 ``[T, hidden]``, written; a new array by default.
             combine_wait_recv_cost_stats: int64 ``[R]``, the nanoseconds waited for each rank are added to it.
+            pre_reduce: every rank first sums a token's rows over its own experts, with the weights, as above, and
+                rounds to bfloat16; then these are summed from +0, ranks in ascending order, and rounded: for one row
+                for each token and rank to travel, not one for each choice. Not with `use_logfmt` or `zero_copy`.
 
         Returns:
             `LowLatencyCombineResult` ``(combined_x [T, hidden], event, hook)``.
 
         Raises:
-            UnsupportedOption: `use_logfmt` on CUDA, so far.
+            UnsupportedOption: `use_logfmt` or `pre_reduce` on CUDA, so far.
             ShapeError: `use_logfmt`, and hidden is not a multiple of 128.
             RoutingError: `topk_idx` is not the one of the dispatch (on the host backend; CUDA does not notice).
             ImmutableArray: `out`, statistics or `zero_copy` with JAX arrays.
@@ -177,6 +183,7 @@ class LowLatencyOperations(LowLatencyMasks):
 
             def prepare() -> LowLatencyCombineRequest:
                 self._check_low_latency(async_finish, return_recv_hook)
+                check_pre_reduce(pre_reduce, use_logfmt, zero_copy)
                 checked = low_latency_handle(handle, self.id, turn)
                 return low_latency_combine_request(
                     turn,
@@ -188,6 +195,7 @@ class LowLatencyOperations(LowLatencyMasks):
                     out,
                     combine_wait_recv_cost_stats,
                     use_logfmt=use_logfmt,
+                    pre_reduce=pre_reduce,
                     return_recv_hook=return_recv_hook,
                     num_ranks=self.group_size,
                     num_sms=self._num_sms(None),

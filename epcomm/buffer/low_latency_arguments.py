@@ -21,7 +21,13 @@ from epcomm.errors import CapacityError, HandleError, ImmutableArray, InputError
 from epcomm.handle import LowLatencyHandle
 from epcomm.numerics import BFLOAT16, FP8_BLOCK, LOGFMT_BLOCK
 
-__all__ = ["low_latency_combine_request", "low_latency_dispatch_request", "low_latency_handle", "writable_masks"]
+__all__ = [
+    "check_pre_reduce",
+    "low_latency_combine_request",
+    "low_latency_dispatch_request",
+    "low_latency_handle",
+    "writable_masks",
+]
 
 
 def low_latency_dispatch_request(
@@ -93,6 +99,13 @@ def low_latency_handle(handle: Any, buffer_id: int, turn: Turn) -> LowLatencyHan
     return handle.with_own_leaves(turn.stream)
 
 
+def check_pre_reduce(pre_reduce: bool, use_logfmt: bool, zero_copy: bool) -> None:
+    """Raise InputError for options of a combine that exclude each other."""
+    for name, is_set in (("use_logfmt", use_logfmt), ("zero_copy", zero_copy)):
+        if pre_reduce and is_set:
+            raise InputError("pre_reduce", got=f"also {name}", wanted="one of the two")
+
+
 def low_latency_combine_request(
     turn: Turn,
     x: Any,
@@ -104,6 +117,7 @@ def low_latency_combine_request(
     wait_stats: Any,
     *,
     use_logfmt: bool,
+    pre_reduce: bool,
     return_recv_hook: bool,
     num_ranks: int,
     num_sms: int,
@@ -138,6 +152,7 @@ def low_latency_combine_request(
         else writable_argument(turn, out, "out", BFLOAT16, sums, aligned=True),
         wait_stats=_wait_stats(turn, wait_stats, "combine_wait_recv_cost_stats", num_ranks),
         use_logfmt=bool(use_logfmt),
+        pre_reduce=bool(pre_reduce),
         zero_copy=in_place is not None,
         num_sms=num_sms,
         is_postponed=bool(return_recv_hook),

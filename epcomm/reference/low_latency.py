@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from epcomm.errors import CapacityError, RoutingError
+from epcomm.errors import CapacityError, InputError, RoutingError
 from epcomm.reference.checks import Array, check_routing, check_rows, divide, ieee_754
 from epcomm.reference.formats import cast_fp8, decode_logfmt, encode_logfmt
 
@@ -109,6 +109,7 @@ def low_latency_combine(
     dispatched: Sequence[LowLatencyDispatched],
     *,
     use_logfmt: bool = False,
+    pre_reduce: bool = False,
     masks: Sequence[Array] | None = None,
 ) -> list[Array]:
     """Weighted sum of the expert outputs of every token.
@@ -119,12 +120,17 @@ def low_latency_combine(
     With `use_logfmt` every x_k, also one that stays on its rank, is what comes back of it through `encode_logfmt`.
     Backends do that with a logarithm of their own: a product may be off by ``|w_k| logfmt_bound(x_k)``.
 
+    With `pre_reduce` each rank that owns experts of a token sums their rows and rounds: ``p_r`` is the sum above
+    over the choices on rank r alone, rounded to bfloat16. Then ``a = +0; for r ascending: a = fadd(a, float(p_r));
+    round to bfloat16``, over the ranks that the token visits.
+
     Args:
         x: per rank bfloat16 ``[L, R * M, H]``, one output for every row of `dispatched`.
         topk_idx: per rank ``[T, K]``, as given to `low_latency_dispatch`.
         topk_weights: per rank float32 ``[T, K]``.
         dispatched: per rank, the result of `low_latency_dispatch`.
         use_logfmt: see above; H is a multiple of 128.
+        pre_reduce: see above; not together with `use_logfmt`.
         masks: see `low_latency_dispatch`; may mask more ranks than the dispatch did.
 
     Returns:
@@ -133,34 +139,65 @@ def low_latency_combine(
     Raises:
         ShapeError: lists or arrays whose lengths disagree, or `use_logfmt` with another H.
         RoutingError: a choice that is neither masked nor in `dispatched`.
+        InputError: `pre_reduce` with `use_logfmt`.
     """
-    num_ranks, num_local_experts = len(x), len(dispatched[0].recv_count)
+    if pre_reduce and use_logfmt:
+        raise InputError("pre_reduce", got="also use_logfmt", wanted="one of the two")
+    num_ranks = len(x)
     check_rows("topk_weights", topk_weights, [len(choices) for choices in topk_idx])
     results = []
     for source, (choices, weights) in enumerate(zip(topk_idx, topk_weights, strict=True)):
-        # row_of[e, t]: where expert e received token t of this rank, -1 if it did not.
-        row_of = np.full((num_ranks * num_local_experts, len(choices)), -1)
-        for rank, received in enumerate(dispatched):
-            for local_expert in range(num_local_experts):
-                packed = int(received.layout_range[local_expert, source])
-                rows = np.arange(packed & 0xFFFFFFFF) + (packed >> 32)
-                row_of[rank * num_local_experts + local_expert, received.src_info[local_expert, rows]] = rows
-        a = np.zeros((len(choices), x[source].shape[2]), np.float32)
-        for k in range(choices.shape[1]):
+        owners, rows = _rows_of_choices(source, choices, x, dispatched, masks)
+        if use_logfmt:
+            rows = decode_logfmt(encode_logfmt(rows), rows.shape[-1])
+        products = weights.astype(np.float32)[..., None] * rows.astype(np.float32)
+        if not pre_reduce:
+            a = _sum_of_choices(products, owners >= 0)
+        else:
+            a = np.zeros((len(choices), x[source].shape[2]), np.float32)
             for rank in range(num_ranks):
-                on_rank = (choices[:, k] >= 0) & (choices[:, k] // num_local_experts == rank)
-                tokens = np.flatnonzero(on_rank & _connected(masks, rank, source))
-                experts = choices[tokens, k]
-                rows = row_of[experts, tokens]
-                if (rows < 0).any():
-                    raise RoutingError(f"topk_idx of rank {source}", got="other choices", wanted="those dispatched")
-                outputs = x[rank][experts % num_local_experts, rows]
-                if use_logfmt:
-                    outputs = decode_logfmt(encode_logfmt(outputs), outputs.shape[1])
-                product = weights[tokens, k, None].astype(np.float32) * outputs.astype(np.float32)
-                a[tokens] = a[tokens] + product
+                visits = (owners == rank).any(axis=1)
+                partial = _sum_of_choices(products, owners == rank).astype(ml_dtypes.bfloat16)
+                a[visits] = a[visits] + partial[visits].astype(np.float32)
         results.append(a.astype(ml_dtypes.bfloat16))
     return results
+
+
+def _rows_of_choices(
+    source: int,
+    choices: Array,
+    x: Sequence[Array],
+    dispatched: Sequence[LowLatencyDispatched],
+    masks: Sequence[Array] | None,
+) -> tuple[Array, Array]:
+    """Of the choices of rank `source`: the rank that owns each, ``[T, K]``, -1 if skipped; the rows, ``[T, K, H]``."""
+    num_local_experts = len(dispatched[0].recv_count)
+    owners = np.full(choices.shape, -1)
+    rows = np.zeros((*choices.shape, x[source].shape[2]), x[source].dtype)
+    for rank, received in enumerate(dispatched):
+        if not _connected(masks, rank, source):
+            continue
+        for local_expert in range(num_local_experts):
+            # row_of[t]: where the expert received token t, -1 if it did not.
+            row_of = np.full(len(choices), -1)
+            packed = int(received.layout_range[local_expert, source])
+            places = np.arange(packed & 0xFFFFFFFF) + (packed >> 32)
+            row_of[received.src_info[local_expert, places]] = places
+            tokens, positions = np.nonzero(choices == rank * num_local_experts + local_expert)
+            if (row_of[tokens] < 0).any():
+                raise RoutingError(f"topk_idx of rank {source}", got="other choices", wanted="those dispatched")
+            owners[tokens, positions] = rank
+            rows[tokens, positions] = x[rank][local_expert, row_of[tokens]]
+    return owners, rows
+
+
+def _sum_of_choices(products: Array, is_added: Array) -> Array:
+    """float32 ``[T, H]``: from +0, those of ``products [T, K, H]`` that ``is_added [T, K]`` names, k ascending."""
+    a = np.zeros((len(products), products.shape[2]), np.float32)
+    for k in range(products.shape[1]):
+        tokens = np.flatnonzero(is_added[:, k])
+        a[tokens] = a[tokens] + products[tokens, k]
+    return a
 
 
 def _connected(masks: Sequence[Array] | None, one: int, other: int) -> bool:

@@ -163,7 +163,7 @@ def test_out_and_statistics(buffer, num_ranks):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("option", ["use_logfmt"])
+@pytest.mark.parametrize("option", ["use_logfmt", "pre_reduce"])
 def test_options_that_are_not_there_yet(buffer, num_ranks, option):
     inputs = BF16.inputs(num_ranks)
     result = checks.low_latency_dispatch(buffer, inputs)

@@ -23,6 +23,7 @@ __all__ = [
     "LOGFMT_CASES",
     "LOW_LATENCY_CASES",
     "PLACING_CASES",
+    "PRE_REDUCE_CASES",
     "Case",
     "Inputs",
     "LowLatencyCase",
@@ -40,6 +41,8 @@ to_one_expert = functools.partial(testing.one_hot_routing, expert=0)
 
 # What sums must carry exactly: signed zeros, infinities that meet, NaN, subnormals, and sums that overflow.
 SPECIAL = np.array([-0.0, 0.0, np.inf, -np.inf, np.nan, 6e-8, -6e-8, 1e-39, -1e-40, 6e4, 6.5e4, 3.3e38, -3.3e38, 1.0])
+# A small one is lost in the sum with a large one, unless both large ones come before it.
+CANCELLING = np.array([2.0**25, -(2.0**25), 1.0, 3.0]).astype(BF16)
 # What is made from one seed must not be equal by chance of its seed.
 _SPECIAL_SEED, _WEIGHTS_SEED, _BIAS_SEED, _SCALES_SEED, _OUTPUT_SEED = (k << 20 for k in range(1, 6))
 
@@ -284,6 +287,7 @@ class LowLatencyCase:
         cast: the options of low_latency_dispatch that choose the format of the rows.
         combine: the options of low_latency_combine that choose how rows come back.
         is_special: rows, outputs and weights have NaN, Inf, signed zeros and subnormals.
+        is_cancelling: in half of the outputs' channels, the order of the terms makes a difference to their sum.
     """
 
     name: str
@@ -297,6 +301,7 @@ class LowLatencyCase:
     cast: tuple[str, ...] = ()
     combine: tuple[str, ...] = ()
     is_special: bool = False
+    is_cancelling: bool = False
 
     @property
     def options(self) -> dict[str, bool]:
@@ -306,7 +311,7 @@ class LowLatencyCase:
     @property
     def combine_options(self) -> dict[str, bool]:
         """Keywords of combine, likewise."""
-        return {name: name in self.combine for name in ("use_logfmt",)}
+        return {name: name in self.combine for name in ("use_logfmt", "pre_reduce")}
 
     def inputs(self, num_ranks: int, seed: int = 0) -> LowLatencyInputs:
         """The case on a number of ranks."""
@@ -365,7 +370,11 @@ def _low_latency_inputs(case: LowLatencyCase, num_ranks: int, seed: int) -> LowL
     num_topk = min(case.num_topk, num_experts)
     shape = (case.experts_per_rank, num_ranks * case.max_tokens, case.hidden)
     weights = rows(total, num_topk, np.float32, seed + _WEIGHTS_SEED, case.is_special)
-    outputs = rows(num_ranks * shape[0] * shape[1], case.hidden, BF16, seed + _OUTPUT_SEED, case.is_special)
+    num_outputs = num_ranks * shape[0] * shape[1]
+    outputs = rows(num_outputs, case.hidden, BF16, seed + _OUTPUT_SEED, case.is_special)
+    if case.is_cancelling:
+        weights = np.copysign(np.float32(1), weights)
+        outputs[:, ::2] = CANCELLING[testing.token_data(num_outputs, case.hidden, np.uint8, seed=seed)[:, ::2] % 4]
     return LowLatencyInputs(
         case=case,
         num_experts=num_experts,
@@ -390,6 +399,7 @@ LOW_LATENCY_CASES = (
     LowLatencyCase("all_masked", routing=all_masked),
     LowLatencyCase("zipf_skew", routing=testing.zipf_routing, experts_per_rank=8, cast=("use_fp8",)),
     LowLatencyCase("one_expert_per_rank", experts_per_rank=1, num_topk=8),
+    LowLatencyCase("cancelling", tokens=(16,), num_topk=6, experts_per_rank=4, is_cancelling=True),
     LowLatencyCase("special_bfloat16", is_special=True),
     LowLatencyCase("special_fp8", is_special=True, cast=("use_fp8",)),
     LowLatencyCase("special_fp8_ue8m0", is_special=True, cast=("use_fp8", "round_scale", "use_ue8m0")),
@@ -417,4 +427,7 @@ _ROUTED = (
 LOGFMT_CASES = (
     *_with_combine("use_logfmt", (*_ROUTED, "fp8_ue8m0")),
     LowLatencyCase("use_logfmt_hidden_7168", hidden=7168, tokens=(2, 3), max_tokens=4, combine=("use_logfmt",)),
+)
+PRE_REDUCE_CASES = _with_combine(
+    "pre_reduce", (*_ROUTED, "bfloat16_tiny_rows", "fp8", "fp8_ue8m0_hidden_7168", "cancelling")
 )

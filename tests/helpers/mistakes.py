@@ -267,6 +267,18 @@ _LOW_LATENCY_DISPATCH = tuple(
 _LOW_LATENCY_COMBINE = tuple(
     Mistake(name, "low_latency_combine", change, error, message)
     for name, change, error, message in (
+        (
+            "pre_reduce_and_logfmt",
+            _fixed(pre_reduce=True, use_logfmt=True),
+            InputError,
+            "^pre_reduce: got also use_logfmt; wanted one of the two",
+        ),
+        (
+            "pre_reduce_and_zero_copy",
+            _fixed(pre_reduce=True, zero_copy=True),
+            InputError,
+            "^pre_reduce: got also zero_copy; wanted one of the two",
+        ),
         ("zero_copy_without_buffer", _fixed(zero_copy=True), InputError, "^zero_copy: got no buffer of this handle"),
         ("event_and_hook", _fixed(async_finish=True, return_recv_hook=True), InputError, "^async_finish: got also ret"),
         ("no_handle", _fixed(handle=(1, 2)), HandleError, "^handle: got a tuple; wanted the handle that low_latency"),
@@ -371,4 +383,5 @@ DISAGREEMENTS: tuple[Disagreement, ...] = tuple(
 # About options that the CUDA backend does not have, so far.
 DISAGREEMENTS_OF_THE_HOST: tuple[Disagreement, ...] = (
     Disagreement("logfmt", "low_latency_combine", _fixed(use_logfmt=True), ("use_logfmt",)),
+    Disagreement("pre_reduce", "low_latency_combine", _fixed(pre_reduce=True), ("pre_reduce",)),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers import checks, low_latency
-from helpers.cases import CASES, LOGFMT_CASES, LOW_LATENCY_CASES
+from helpers.cases import CASES, LOGFMT_CASES, LOW_LATENCY_CASES, PRE_REDUCE_CASES
 from helpers.low_latency import BF16, BY_NAME, FP8, UE8M0, masked_round_trip, masks_of, query
 
 from epcomm import Buffer
@@ -14,11 +14,13 @@ from epcomm.layout import NUM_SLOTS
 from epcomm.testing import assert_bitwise
 
 SIZES, MORE_SIZES = (3,), (1, 2, 4, 8)
-COMBINES = ((), ("use_logfmt",))
+COMBINES = ((), ("use_logfmt",), ("pre_reduce",))
 LOGFMT = {case.name.removeprefix("use_logfmt_"): case for case in LOGFMT_CASES}
+PRE_REDUCE = {case.name.removeprefix("pre_reduce_"): case for case in PRE_REDUCE_CASES}
 
 all_cases = pytest.mark.parametrize("case", LOW_LATENCY_CASES, ids=lambda case: case.name)
-combine_cases = pytest.mark.parametrize("case", LOGFMT_CASES, ids=lambda case: case.name)
+combine_cases = pytest.mark.parametrize("case", [*LOGFMT_CASES, *PRE_REDUCE_CASES], ids=lambda case: case.name)
+either_option = pytest.mark.parametrize("options", [LOGFMT, PRE_REDUCE], ids=["use_logfmt", "pre_reduce"])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,8 @@ def test_combine_case_on_more_ranks(buffer, num_ranks, case):
 
 @pytest.mark.ranks(3)
 def test_combines_of_several_kinds_in_flight(buffer, comm):
-    for first, second in ((LOGFMT["bfloat16"], BF16), (BY_NAME["full"], LOGFMT["full"])):
+    pairs = (LOGFMT["bfloat16"], BF16), (BY_NAME["full"], PRE_REDUCE["full"]), (PRE_REDUCE["fp8"], LOGFMT["full"])
+    for first, second in pairs:
         inputs = [first.inputs(comm.size), second.inputs(comm.size, 1)]
         low_latency.round_trips_in_flight(buffer, inputs, (comm.rank % 2, 1 - comm.rank % 2))
 
@@ -151,12 +154,28 @@ def test_zero_copy_with_logfmt(buffer, comm):
 @pytest.mark.ranks(3)
 @pytest.mark.parametrize("ignored", low_latency.IGNORED.values(), ids=low_latency.IGNORED)
 def test_masks_and_options_of_combine(buffer, comm, ignored):
-    low_latency.masks_that_the_user_sets(comm, buffer, ignored, (LOGFMT["bfloat16"], BF16))
+    low_latency.masks_that_the_user_sets(comm, buffer, ignored, (LOGFMT["bfloat16"], PRE_REDUCE["bfloat16"], BF16))
 
 
 @pytest.mark.ranks(3)
-def test_mask_set_between_dispatch_and_combine_with_options(buffer, comm):
-    low_latency.mask_set_between_dispatch_and_combine(comm, buffer, LOGFMT["bfloat16"])
+@either_option
+def test_mask_set_between_dispatch_and_combine_with_options(buffer, comm, options):
+    low_latency.mask_set_between_dispatch_and_combine(comm, buffer, options["bfloat16"])
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(3)
+@either_option
+@pytest.mark.parametrize("hosts", ["one", "two"])
+def test_combine_options_by_messages(comm, options, hosts, monkeypatch):
+    if hosts == "one":
+        monkeypatch.setenv("EPCOMM_HOST_TRANSPORT", "messages")
+    else:
+        monkeypatch.setattr(topology, "host_identity", lambda: f"host {comm.rank // 2}")
+    with Buffer(comm, low_latency_mode=True, ranks_per_node=3) as buffer:
+        for name in ("bfloat16", "zero_tokens_everywhere", "full"):
+            checks.low_latency_round_trip(buffer, options[name].inputs(comm.size))
+        comm.barrier()
 
 
 def bytes_of_combine(buffer, inputs):

@@ -103,7 +103,7 @@ def low_latency_cases(draw: Any) -> tuple[int, LowLatencyInputs]:
         routing=draw(st.sampled_from(ROUTING)),
         topk_dtype=draw(st.sampled_from([np.int32, np.int64])),
         cast=cast,
-        combine=draw(st.sampled_from([(), ("use_logfmt",)] if cast else [()])),
+        combine=draw(st.sampled_from([(), ("pre_reduce",), ("use_logfmt",)][: 3 if cast else 2])),
         is_special=draw(st.booleans()),
     )
     return num_ranks, case.inputs(num_ranks, draw(st.integers(0, 1 << 16)))
@@ -149,14 +149,14 @@ def run_throughput(num_cases: int) -> Counter[Any]:
 
 
 def run_low_latency(num_cases: int) -> Counter[Any]:
-    """Counts of the cases by number of ranks and format."""
+    """Counts of the cases by number of ranks, format, and option of combine."""
     seen: Counter[Any] = Counter()
 
     @reproducible(num_cases)
     @given(low_latency_cases(), st.booleans())
     def check(drawn: tuple[int, LowLatencyInputs], with_hooks: bool) -> None:
         num_ranks, inputs = drawn
-        seen[num_ranks, inputs.case.cast] += 1
+        seen[num_ranks, inputs.case.cast, inputs.case.combine] += 1
 
         def program(comm: Any) -> None:
             with Buffer(comm, low_latency_mode=True) as buffer:
@@ -187,9 +187,10 @@ def test_throughput():
 
 
 def test_low_latency():
-    seen = run_low_latency(40)
-    assert seen.total() >= 40
-    assert len(seen) >= 10  # of 5 numbers of ranks x 4 formats
+    seen = run_low_latency(60)
+    assert seen.total() >= 60
+    assert len(seen) >= 15  # of 5 numbers of ranks x 4 formats x 3 options
+    assert len({combine for _, _, combine in seen}) == 3
 
 
 @pytest.mark.slow

@@ -415,6 +415,21 @@ def low_latency_x():
     return [np.array([[1], [2]], BF16), np.array([[3]], BF16)]
 
 
+def combine_choices(experts, values, weights=None, **options):
+    """Combine one token of rank 0 of three, hidden 1, for which expert e, on rank e // 2, returned values[k]."""
+    topk = [np.array([experts]), *[np.zeros((0, len(experts)), int)] * 2]
+    received = reference.low_latency_dispatch([np.ones((len(t), 1), BF16) for t in topk], topk, 1, 6, use_fp8=False)
+    outputs = [r.recv_x.astype(np.float32) for r in received]
+    for expert, value in zip(experts, values, strict=True):
+        if expert >= 0:
+            outputs[expert // 2][expert % 2, 0] = value
+    all_weights = [np.ones(t.shape, np.float32) for t in topk]
+    if weights is not None:
+        all_weights[0][0] = weights
+    combined = reference.low_latency_combine(outputs, topk, all_weights, received, **options)
+    return float(combined[0][0, 0])
+
+
 class TestLowLatency:
     def test_dispatch_by_hand(self):
         first, second = reference.low_latency_dispatch(low_latency_x(), LL_TOPK, 2, 4, use_fp8=False)
@@ -472,6 +487,46 @@ class TestLowLatency:
         combine = reference.low_latency_combine
         assert combine(outputs, topk, weights, received)[0].tolist() == [[0]]  # the 1 is lost in 2^24
         assert combine(outputs, [np.array([[0, 2, 1]])], weights, received)[0].tolist() == [[1]]
+
+    def test_pre_reduce_rounds_the_part_of_each_rank(self):
+        # 256 + 1 is a tie in bfloat16, back to 256; in one sum the second 1 tips it.
+        assert combine_choices([0, 1, 2], [256, 1, 1]) == 258
+        assert combine_choices([0, 1, 2], [256, 1, 1], pre_reduce=True) == 256
+        assert combine_choices([2, 0, 3], [256, 1, 1], pre_reduce=True) == 256
+        assert combine_choices([0, 2], [256, 1], pre_reduce=True) == 256
+        # Of one choice: its product is rounded, 257 to 256.
+        assert combine_choices([0, 2], [257 / 256, 1], weights=[256, 1], pre_reduce=True) == 256
+
+    def test_pre_reduce_takes_ranks_in_order_and_their_choices_in_order(self):
+        # The 1 is lost in 2^25, unless that has gone before.
+        big = 2.0**25
+        assert combine_choices([4, 2, 0], [big, -big, 1]) == 1
+        assert combine_choices([4, 2, 0], [big, -big, 1], pre_reduce=True) == 0
+        assert combine_choices([0, 2, 4], [big, -big, 1], pre_reduce=True) == 1
+        assert combine_choices([1, 0, 2], [big, -big, 1], pre_reduce=True) == 1
+        assert combine_choices([0, 1, 2], [big, 1, -big], pre_reduce=True) == 0
+        assert combine_choices([5, 4, 0, 1], [big, -big, 1, 0], pre_reduce=True) == 1
+        assert combine_choices([5, 0, 4], [big, 1, -big], pre_reduce=True) == 1
+
+    def test_pre_reduce_skips_what_is_masked(self):
+        masks = [np.array([False, True, False]), *[np.zeros(3, bool)] * 2]
+        assert combine_choices([0, 2, -1, 4], [1, 2, 4, 8], pre_reduce=True) == 11
+        assert combine_choices([0, 2, -1, 4], [1, 2, 4, 8], pre_reduce=True, masks=masks) == 9
+        assert combine_choices([-1, 2], [1, np.nan], pre_reduce=True, masks=masks) == 0
+
+    def test_pre_reduce_takes_no_logfmt(self):
+        with pytest.raises(InputError, match="pre_reduce: got also use_logfmt"):
+            combine_choices([0], [1], pre_reduce=True, use_logfmt=True)
+
+    def test_logfmt_of_every_row(self):
+        rng = np.random.default_rng(1)
+        x, topk = [rng.standard_normal((2, 128)).astype(BF16)], [np.array([[0, 1], [1, -1]])]
+        (received,) = reference.low_latency_dispatch(x, topk, 2, 2, use_fp8=False)
+        weights = np.array([[2, 0.5], [-1, 9]], np.float32)
+        back = reference.decode_logfmt(reference.encode_logfmt(x[0]), 128)
+        assert (back != x[0]).mean() > 0.5
+        (got,) = reference.low_latency_combine([received.recv_x], topk, [weights], [received], use_logfmt=True)
+        assert got.tolist() == np.stack([2 * back[0] + 0.5 * back[0], -back[1]]).astype(BF16).tolist()
 
     def test_masks_cut_both_ways(self):
         masks = [np.array([False, True]), np.array([False, False])]  # only rank 0 ignores rank 1

@@ -83,8 +83,8 @@ def combine(job: Job, turn: CudaTurn, request: LowLatencyCombineRequest) -> Rece
     """The send half, and the receive half too unless it is postponed. Does not wait for anybody on the host."""
     low, handle = job.low_latency, request.handle
     slot = low.combines.next_slot()
-    if request.use_logfmt:
-        raise UnsupportedOption("use_logfmt", got="True", wanted="False", do="on CUDA rows travel in bfloat16, so far")
+    if request.use_logfmt or request.pre_reduce:
+        raise UnsupportedOption("use_logfmt" if request.use_logfmt else "pre_reduce", got="True", wanted="False")
     _check_combine(job, request)
     turn.pin(handle.recv_ranges, handle.send_pos, handle.send_begin)
     topk_idx, num_topk, row_bytes = request.topk_idx, request.topk_idx.shape[1], 2 * handle.hidden
