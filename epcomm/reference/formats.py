@@ -171,9 +171,9 @@ def logfmt_bound(x: Array) -> Array:
     """How far each value may be from what comes back of it through LogFMT, on any backend.
 
     With the step of its group, in octaves, a value comes back within ``|x| (2^(step / 2) - 1)``: at most 1.1 %
-    (`LOGFMT_RELATIVE_ERROR`), 0.6 % where the magnitudes span 8.6 octaves as normally distributed ones do. Below the
-    grid, that is below A / 2^15.9, it comes back within half of the grid's smallest magnitude: 2^-16.9 A
-    (`LOGFMT_FLOOR`).
+    (`LOGFMT_RELATIVE_ERROR`), and 0.6 % where the magnitudes span 8.6 octaves, as normally distributed ones often
+    do. Below the grid, that is below A / 2^15.9, it comes back within half of the grid's smallest magnitude:
+    2^-16.9 A (`LOGFMT_FLOOR`).
 
     Args:
         x: bfloat16 ``[..., H]``, H a multiple of 128.
