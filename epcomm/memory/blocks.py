@@ -6,8 +6,8 @@ allocation takes the released blocks out of it and, for every stream that used o
 memory next waits for it, on the GPU. That event is recorded then and not earlier, because work was queued until the
 release.
 
-The pool holds the objects that destroy the readers' streams, not only the block: in a cycle of garbage, the finalizers
-of the block and of its streams run in any order, and the pool would be left with streams that are gone.
+The pool holds the readers, not only the block, and so the objects that destroy their streams: in a cycle of garbage,
+the finalizers of the block and of its streams run in any order, and the pool would be left with streams that are gone.
 
 A block that was allocated under capture is part of a graph. Only later calls of the same capture, in the same stream,
 may have its memory again: replays execute them in that order, and two replays of one graph never overlap.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from epcomm.memory.ranges import FreeRanges
 from epcomm.memory.timeline import Timeline
@@ -27,14 +26,27 @@ __all__ = ["GRANULE", "Block", "BlockPool"]
 GRANULE = 256  # bytes; blocks start and end at multiples of it
 
 
-# What is left of a block that nobody holds any more: start and end address, its readers (stream -> what keeps the
-# stream alive), whether it has hidden ones, what pins it: a capture's number, 0 for none. A plain tuple: the class of
-# a named one may be gone when the interpreter ends.
-_Release = tuple[int, int, dict[int, object], bool, int]
-
-_Note = tuple[int, object, bool]  # a stream, what keeps it, whether the block did not have it yet
-
 _FOREVER = -1  # pinned by a graph that did not allocate the block, or is not known; captures have positive numbers
+
+
+class _Use:
+    """A piece of memory that is not free: a block has it, or had it last.
+
+    Attributes:
+        start: address.
+        offset: the same from the base of the pool.
+        size: bytes.
+        readers: stream -> what keeps the stream alive.
+        is_hidden: there are readers that are not known.
+        capture: number of the capture that pins it; 0 for none.
+    """
+
+    __slots__ = ("capture", "is_hidden", "offset", "readers", "size", "start")
+
+    def __init__(self, start: int, offset: int, size: int, capture: int) -> None:
+        self.start, self.offset, self.size, self.capture = start, offset, size, capture
+        self.readers: dict[int, object] = {}
+        self.is_hidden = False
 
 
 class Block:
@@ -43,41 +55,20 @@ class Block:
     Attributes:
         ptr: device address, a multiple of 256.
         num_bytes: what was asked for.
-        offset: from the base of the pool.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_capture",
-        "_end",
-        "_is_hidden",
-        "_note",
-        "_readers",
-        "_release",
-        "num_bytes",
-        "offset",
-        "ptr",
-    )
+    __slots__ = ("__weakref__", "_release", "_use", "num_bytes", "ptr")
 
-    def __init__(
-        self,
-        ptr: int,
-        num_bytes: int,
-        offset: int,
-        end: int,
-        capture: int,
-        release: Callable[[_Release], None],
-        note: Callable[[_Note], None],
-    ) -> None:
-        self.ptr = ptr
+    def __init__(self, use: _Use, num_bytes: int, release: Callable[[_Use], None]) -> None:
+        self.ptr = use.start
         self.num_bytes = num_bytes
-        self.offset = offset
-        self._end = end
-        self._readers: dict[int, object] = {}
-        self._is_hidden = False
-        self._capture = capture
+        self._use = use
         self._release = release
-        self._note = note
+
+    @property
+    def offset(self) -> int:
+        """From the base of the pool."""
+        return self._use.offset
 
     def __repr__(self) -> str:
         return f"Block({self.num_bytes} bytes at {self.ptr:#x})"
@@ -89,14 +80,13 @@ class Block:
             stream: raw handle. It must be valid until the memory is used again, after the release of this block.
             keep: kept until then; the object that destroys the stream when it goes (a CuPy stream).
         """
-        is_new = stream not in self._readers
-        if is_new or (keep is not None and self._readers[stream] is not keep):
-            self._readers[stream] = keep
-            self._note((stream, keep, is_new))
+        readers = self._use.readers
+        if keep is not None or stream not in readers:
+            readers[stream] = keep
 
     def note_hidden_reader(self) -> None:
         """A framework works on the memory in streams that it does not tell: only the whole device can be waited for."""
-        self._is_hidden = True
+        self._use.is_hidden = True
 
     def pin(self, capture: int) -> None:
         """A graph under capture has the address: unless the block is of that capture, its memory is not used again
@@ -105,12 +95,12 @@ class Block:
         Args:
             capture: its number, `Timeline.capture_of`.
         """
-        if self._capture != capture:
-            self._capture = _FOREVER
+        if self._use.capture != capture:
+            self._use.capture = _FOREVER
 
     def __del__(self) -> None:
         # NOTE: nothing else may happen here (no CUDA call, lock, log or import): see the top of this file.
-        self._release((self.ptr, self._end, self._readers, self._is_hidden, self._capture))
+        self._release(self._use)
 
 
 class BlockPool:
@@ -129,19 +119,18 @@ class BlockPool:
         self._timeline = timeline
         self._may_synchronize = may_synchronize
         self._free = FreeRanges()
-        self._released: deque[_Release] = deque()
+        self._live: dict[int, _Use] = {}  # by address; also of blocks that were released since the last `_drain`
+        self._released: deque[_Use] = deque()
         self._release = self._released.append
-        self._noted: deque[_Note] = deque()  # readers of live blocks, not counted yet
-        self._streams: dict[int, list[Any]] = {}  # readers of live blocks: how many have them, and what keeps them
-        self._unrecorded: list[_Release] = []  # a reader is being captured: its event cannot be recorded yet
+        self._unrecorded: list[_Use] = []  # a reader is being captured: its event cannot be recorded yet
         self._under_way: deque[object] = deque()  # events that free ranges wait for, oldest first
-        self._pinned: list[_Release] = []
-        # Released by one stream, which may have it again without an event: (bytes, stream) -> blocks.
-        self._warm: dict[tuple[int, int], list[_Release]] = {}
+        self._pinned: list[_Use] = []
+        # Released by one stream, which may have it again without an event: (bytes, stream) -> what was released.
+        self._warm: dict[tuple[int, int], list[_Use]] = {}
         # Released in the capture that allocated them: (capture, stream, bytes) -> starts.
         self._in_capture: dict[tuple[int, int, int], list[int]] = {}
         self._is_closed = False
-        self._num_live = self._bytes_live = self._bytes_peak = self._bytes_total = 0
+        self._bytes_live = self._bytes_peak = self._bytes_total = 0
         if num_bytes >= GRANULE:
             self._add_region(base, num_bytes)
 
@@ -161,32 +150,30 @@ class BlockPool:
             high: take from the upper end: small blocks that live long, out of the way of large ones.
             is_captured: whether `stream` is under capture; None: the pool asks.
         """
-        if self._is_closed:
-            return None
         size = -(-num_bytes // GRANULE) * GRANULE or GRANULE
         if is_captured is None:
             is_captured = self._timeline.is_capturing(stream)
         if self._released or self._unrecorded or self._under_way:
             self._drain(is_captured)
-        capture = self._timeline.capture_of(stream) if is_captured else 0
         warm = None if is_captured else self._warm.get((size, stream))
+        use = warm.pop() if warm else self._new_use(size, stream, high, is_captured)
+        if use is None:
+            return None
+        self._live[use.start] = use
+        self._bytes_live = bytes_live = self._bytes_live + size
+        if bytes_live > self._bytes_peak:
+            self._bytes_peak = bytes_live
+        return Block(use, num_bytes, self._release)
+
+    def _new_use(self, size: int, stream: int, high: bool, is_captured: bool) -> _Use | None:
+        capture = self._timeline.capture_of(stream) if is_captured else 0
         again = self._in_capture.get((capture, stream, size)) if is_captured else None
-        start: int | None
-        if warm:
-            start = warm.pop()[0]
-        elif again:
-            start = again.pop()
-        else:
-            start = self._find(size, stream, high, is_captured)
-            if start is None:
-                return None
-        self._num_live += 1
-        self._bytes_live += size
-        if self._bytes_live > self._bytes_peak:
-            self._bytes_peak = self._bytes_live
-        return Block(start, num_bytes, start - self._base, start + size, capture, self._release, self._noted.append)
+        start = again.pop() if again else self._find(size, stream, high, is_captured)
+        return None if start is None else _Use(start, start - self._base, size, capture)
 
     def _find(self, size: int, stream: int, high: bool, is_captured: bool) -> int | None:
+        if self._is_closed:
+            return None
         start = self._free.take_clean(size, high)
         if start is None and self._warm and not is_captured:
             self._cool()
@@ -195,9 +182,15 @@ class BlockPool:
             start = self._take_used(size, stream, high)
         return start
 
+    def note_reader(self, ptr: int, stream: int, keep: object) -> None:
+        """`Block.note_reader` of the block around an address, if there is one. The thread of `allocate`."""
+        for use in self._live.values():
+            if use.start <= ptr < use.start + use.size:
+                use.readers[stream] = keep or use.readers.get(stream)
+
     def _cool(self) -> None:
         """Give up the memory that is kept for its last stream."""
-        warm = [entry for entries in self._warm.values() for entry in entries]
+        warm = [use for uses in self._warm.values() for use in uses]
         self._warm.clear()
         if warm or self._unrecorded:
             self._record([*self._unrecorded, *warm], False)
@@ -228,7 +221,7 @@ class BlockPool:
             self.note_synchronized()
         self._free.settle(self._timeline.done)
         used = any(events or hidden for _, _, events, hidden in self._free)
-        return not (self._num_live or self._unrecorded or used)
+        return not (self._live or self._unrecorded or used)
 
     def note_synchronized(self) -> None:
         """The caller has just waited for the whole device, after the last release: nobody uses free memory."""
@@ -239,6 +232,7 @@ class BlockPool:
     def close(self) -> None:
         """Hand out nothing any more; `allocate` returns None. Graphs with pinned blocks may not be replayed."""
         self._is_closed = True
+        self._warm.clear()
         self._pinned.clear()
         self._in_capture.clear()
 
@@ -247,14 +241,14 @@ class BlockPool:
         """Counts, as of the last `allocate`: blocks and bytes that are held, their peak, bytes free, in use by queued
         work, and pinned by graphs whose arrays are gone; bytes of the whole pool."""
         sizes = [(end - start, bool(events or hidden)) for start, end, events, hidden in self._free]
-        kept = sum(size * len(entries) for (size, _), entries in self._warm.items())
+        kept = sum(size * len(uses) for (size, _), uses in self._warm.items())
         return {
-            "num_live": self._num_live,
+            "num_live": len(self._live),
             "bytes_live": self._bytes_live,
             "bytes_peak": self._bytes_peak,
             "bytes_free": sum(size for size, _ in sizes) + kept,
             "bytes_pending": sum(size for size, is_used in sizes if is_used) + kept,
-            "bytes_pinned": sum(end - start for start, end, *_ in self._pinned)
+            "bytes_pinned": sum(use.size for use in self._pinned)
             + sum(size * len(starts) for (_, _, size), starts in self._in_capture.items()),
             "bytes_total": self._bytes_total,
         }
@@ -286,64 +280,53 @@ class BlockPool:
 
     def _drain(self, is_captured: bool) -> None:
         """Take in the released blocks."""
-        released = []
-        while self._released:
-            released.append(self._released.popleft())
-        while self._noted:  # after that: what was released was noted before
-            stream, keep, is_new = self._noted.popleft()
-            known = self._streams.setdefault(stream, [0, keep])
-            known[0] += is_new
-            known[1] = keep or known[1]
-        used: list[_Release] = []
-        for entry in released:
-            self._forget_streams(entry)
-            start, end, readers, is_hidden, capture = entry
-            self._num_live -= 1
-            self._bytes_live -= end - start
-            if len(readers) == 1 and not (is_hidden or capture or is_captured):
+        released, used = self._released, self._unrecorded
+        while released:
+            use = released.popleft()
+            del self._live[use.start]
+            self._bytes_live -= use.size
+            readers = use.readers
+            if len(readers) == 1 and not (use.is_hidden or use.capture or is_captured):
                 (reader,) = readers
-                self._warm.setdefault((end - start, reader), []).append(entry)
-            elif readers or capture:
-                used.append(entry)
+                warm = self._warm.get((use.size, reader))
+                if warm is None:
+                    warm = self._warm[use.size, reader] = []
+                warm.append(use)
+            elif readers or use.capture:
+                used.append(use)
             else:
-                self._free.add(start, end, (), is_hidden)
-        if used or self._unrecorded:
-            self._record([*self._unrecorded, *used], is_captured)
+                self._free.add(use.start, use.start + use.size, (), use.is_hidden)
+        if used:
+            self._record(used, is_captured)
         if self._under_way and not is_captured:
             self._forget_done()
 
-    def _record(self, entries: list[_Release], is_captured: bool) -> None:
+    def _record(self, uses: list[_Use], is_captured: bool) -> None:
         """Record the events of blocks that had readers. During a capture they would become part of the graph, so
         those blocks wait until it is over."""
         self._unrecorded = []
-        events: dict[int, object] = {}  # one a stream serves all blocks
-        for entry in entries:
-            start, end, readers, is_hidden, capture = entry
-            if capture:
-                self._keep_pinned(entry)
-            elif is_captured or any(self._timeline.is_capturing(reader) for reader in readers):
-                self._unrecorded.append(entry)
+        events: dict[int, object] = {}  # one a stream serves all blocks; None: it is being captured
+        for use in uses:
+            if use.capture:
+                self._keep_pinned(use)
+                continue
+            for reader in use.readers:
+                if reader not in events:
+                    is_capturing = is_captured or self._timeline.is_capturing(reader)
+                    events[reader] = None if is_capturing else self._timeline.record(reader)
+            awaited = tuple([events[reader] for reader in use.readers])
+            if None in awaited:
+                self._unrecorded.append(use)
             else:
-                for reader in readers:
-                    if reader not in events:
-                        events[reader] = self._timeline.record(reader)
-                self._free.add(start, end, tuple([events[reader] for reader in readers]), is_hidden)
-        self._under_way.extend(events.values())
+                self._free.add(use.start, use.start + use.size, awaited, use.is_hidden)
+        self._under_way.extend([event for event in events.values() if event is not None])
 
-    def _forget_streams(self, entry: _Release) -> None:
-        """The entry itself keeps them from here on."""
-        for stream in entry[2]:
-            self._streams[stream][0] -= 1
-            if self._streams[stream][0] == 0:
-                del self._streams[stream]
-
-    def _keep_pinned(self, entry: _Release) -> None:
-        start, end, readers, is_hidden, capture = entry
-        if capture != _FOREVER and len(readers) == 1 and not is_hidden:
-            (reader,) = readers
-            self._in_capture.setdefault((capture, reader, end - start), []).append(start)
+    def _keep_pinned(self, use: _Use) -> None:
+        if use.capture != _FOREVER and len(use.readers) == 1 and not use.is_hidden:
+            (reader,) = use.readers
+            self._in_capture.setdefault((use.capture, reader, use.size), []).append(use.start)
         else:
-            self._pinned.append(entry)
+            self._pinned.append(use)
 
     def _forget_done(self) -> None:
         """Look at the oldest events, so that the list of ranges stays short at the price of one question a call."""

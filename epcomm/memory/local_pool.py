@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from epcomm.errors import CapacityError
-from epcomm.memory.blocks import Block, BlockPool
+from epcomm.memory.blocks import BlockPool
 from epcomm.memory.device import DeviceMemory
 from epcomm.memory.timeline import Timeline
 
@@ -24,7 +24,7 @@ class _Memory(Protocol):
 
 
 class LocalPool(BlockPool):
-    """A pool that grows by slabs. A block's `offset` is its address.
+    """A pool that grows by slabs, so `allocate` always finds room, or raises. A block's `offset` is its address.
 
     Growing maps new memory without waiting for the device, unlike ``cudaMalloc``: a kernel that waits for a peer may
     be running. Slabs are kept until `release`.
@@ -49,18 +49,17 @@ class LocalPool(BlockPool):
         self._allocate_slab = allocate_slab or (lambda size: DeviceMemory.allocate(size, device, shareable=False))
         self._slabs: list[_Memory] = []
 
-    def allocate(self, num_bytes: int, stream: int, *, high: bool = False, is_captured: bool | None = None) -> Block:
-        """As `BlockPool.allocate`, but it grows the pool where there is no room.
+    def _find(self, size: int, stream: int, high: bool, is_captured: bool) -> int | None:
+        """Room, for which the pool grows if need be.
 
         Raises:
             CapacityError: out of device memory, or the pool is closed.
         """
-        block = super().allocate(num_bytes, stream, high=high, is_captured=is_captured)
-        if block is None:
-            self._grow(num_bytes)
-            block = super().allocate(num_bytes, stream, high=high, is_captured=is_captured)
-            assert block is not None
-        return block
+        start = super()._find(size, stream, high, is_captured)
+        if start is None:
+            self._grow(size)
+            start = super()._find(size, stream, high, is_captured)
+        return start
 
     def release(self) -> None:
         """Close the pool and unmap its slabs; the caller knows that nothing uses them (`settle`). Does not wait."""

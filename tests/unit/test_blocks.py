@@ -297,6 +297,29 @@ def test_a_stream_gets_its_own_blocks_back_without_an_event(timeline):
     assert sorted(event.stream for _, event in timeline.waits) == [7, 8]
 
 
+def test_a_reader_can_be_noted_by_any_address_in_a_block(timeline):
+    pool = BlockPool(BASE, 4 * GRANULE, timeline)
+    first, second = pool.allocate(GRANULE + 1, 7), pool.allocate(GRANULE, 7)
+    pool.note_reader(first.ptr + 2 * GRANULE - 1, 8, object())
+    pool.note_reader(second.ptr, 9, object())
+    pool.note_reader(BASE + 4 * GRANULE, 5, object())  # nobody's
+    del first
+    pool.largest_free()
+    assert [event.stream for event in timeline.events] == [8]
+    del second
+    pool.largest_free()
+    assert [event.stream for event in timeline.events] == [8, 9]
+
+
+def test_memory_of_its_last_stream_stays_known_to_have_been_used(timeline):
+    """Also if the block that has it next is dropped before anybody notes a reader."""
+    pool = BlockPool(BASE, GRANULE, timeline)
+    pool.allocate(1, 7).note_reader(7)
+    pool.allocate(1, 7)
+    assert pool.allocate(1, 8) is not None
+    assert [(stream, event.stream) for stream, event in timeline.waits] == [(8, 7)]
+
+
 def test_hidden_readers_cost_a_synchronisation_or_the_room(timeline):
     patient, hasty = (BlockPool(BASE, GRANULE, timeline, may_synchronize=may) for may in (True, False))
     for pool in (patient, hasty):

@@ -23,7 +23,7 @@ from epcomm.kernels.arguments import comm_bytes
 from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES, round_up
 from epcomm.kernels.low_latency import Area
 from epcomm.kernels.window import WINDOW_BYTES, Window
-from epcomm.memory import Block, BlockPool, CudaTimeline, LocalPool, SymmetricMemory, close_or_park, sweep
+from epcomm.memory import BlockPool, CudaTimeline, LocalPool, SymmetricMemory, close_or_park, sweep
 
 __all__ = ["Job", "Settings"]
 
@@ -94,7 +94,6 @@ class Job:
         self._has_warned = False
         self.is_in_step = True  # False between an exchange and the move behind it, where peers count on this rank
         self._num_exchanges = 0
-        self._blocks: dict[int, weakref.ref[Block]] = {}  # by address, of blocks that are gone, too
         self._arena_views: weakref.WeakSet[object] = weakref.WeakSet()
         self._is_closed = False
         comm.barrier()
@@ -105,7 +104,9 @@ class Job:
         self.page = HostPage(self.cupy, self.rank, self.size, timeout_s, self.in_process)
         self.timeline = CudaTimeline(self.device)
         self.outputs = LocalPool(self.device, self.timeline, may_synchronize=not self.in_process)
-        self._scratch = self.outputs.allocate(SCRATCH_BYTES, self.streams.own)
+        scratch = self.outputs.allocate(SCRATCH_BYTES, self.streams.own)
+        assert scratch is not None  # that pool grows
+        self._scratch = scratch
         # Not in the default stream: kernels of other ranks of this process may be waiting for this one.
         self.cupy.cuda.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own)
         self.cupy.cuda.runtime.streamSynchronize(self.streams.own)
@@ -155,18 +156,10 @@ class Job:
             return None
         return offset // UNIT
 
-    def note(self, block: Block) -> None:
-        """`block` was handed to the user, who may name it by an address."""
-        blocks = self._blocks
-        blocks[block.ptr] = weakref.ref(block)
-        if len(blocks) > _MANY_BLOCKS:
-            self._blocks = {ptr: reference for ptr, reference in blocks.items() if reference() is not None}
-
     def note_reader(self, ptr: int, stream: int, keep: object) -> None:
         """`stream` uses the block around `ptr`, if that is one."""
-        for block in [reference() for reference in self._blocks.values()]:
-            if block is not None and block.ptr <= ptr < block.ptr + max(block.num_bytes, 1):
-                block.note_reader(stream, keep)
+        for pool in (self.arena, self.outputs):
+            pool.note_reader(ptr, stream, keep)
 
     def note_arena_view(self, owner: object) -> None:
         """The arena must stay as long as `owner`."""
@@ -235,4 +228,3 @@ class Job:
 
 
 _dropped: list[Job] = []
-_MANY_BLOCKS = 4096

@@ -79,7 +79,9 @@ class Outputs:
         self.is_windowed = True
         self.offsets = (THROUGH_WINDOW, THROUGH_WINDOW)
         allocate = functools.partial(job.outputs.allocate, stream=turn.stream, is_captured=turn.is_captured)
-        self._rows = allocate(self._num_bytes)
+        rows = allocate(self._num_bytes)
+        assert rows is not None  # that pool grows
+        self._rows = rows
         self._metadata = allocate(self._beside.num_bytes) if has_metadata else None
 
     @classmethod

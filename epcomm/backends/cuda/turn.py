@@ -110,6 +110,7 @@ class CudaTurn:
         for extent in shape:
             num_bytes *= extent
         block = self._job.outputs.allocate(num_bytes, self.stream, is_captured=self.is_captured)
+        assert block is not None  # that pool grows
         return self.over(block, 0, shape, dtype)
 
     def transposed(self, array: ArrayView) -> ArrayView:
@@ -130,7 +131,6 @@ class CudaTurn:
         if block not in self._blocks:
             self._blocks.append(block)
             block.note_reader(self.stream, self.ref.keep)
-            self._job.note(block)
         return output(block, offset, shape, dtype, self._job.device)
 
     def export(self, array: ArrayView, framework: str) -> Any:
