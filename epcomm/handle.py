@@ -17,8 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, StreamRef, export_any, import_array, to_host
-from epcomm.dlpack import compact_strides
+from epcomm.arrays import ArrayView, StreamRef, array_spec, export_any, import_array, to_host
 from epcomm.event import EventOverlap
 
 __all__ = [
@@ -275,8 +274,8 @@ class LowLatencyHandle(_Handle):
         """int64 ``[L, R]``: ``begin << 32 | count`` of the rows from each source rank."""
         ranges = self.recv_ranges
         if isinstance(ranges, ArrayView):
-            shape = ranges.shape[:2]
-            return replace(ranges, shape=shape, strides=compact_strides(shape), dtype=np.dtype(np.int64))
+            spec = array_spec(ranges.framework, ranges.shape[:2], None, np.dtype(np.int64), ranges.device)
+            return ArrayView(spec, ranges.ptr, ranges.owner)
         return np.ascontiguousarray(ranges, np.int32).view(np.int64)[..., 0]
 
     def _positions(self) -> tuple[Callable[[], Any], ...]:

@@ -6,9 +6,8 @@ The memory is owned by any object; it goes when the last view goes. If the owner
 
 from __future__ import annotations
 
-import math
+import functools
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,11 @@ from numpy.typing import NDArray
 from epcomm import dlpack
 from epcomm.arrays.exchange import export_array
 from epcomm.arrays.streams import LEGACY, StreamRef, current_torch_stream, dlpack_stream, order
-from epcomm.arrays.view import ArrayView, wrong_device
-from epcomm.dlpack import CUDA, DTYPES, DType
+from epcomm.arrays.view import ArraySpec, ArrayView, wrong_device
+from epcomm.dlpack import DTYPES, DType
 from epcomm.errors import DtypeError, InputError
 
-__all__ = ["DeviceArray", "device_array", "export_any", "to_host"]
+__all__ = ["DeviceArray", "cupy_array", "device_array", "export_any", "to_host"]
 
 _IS_NATIVE = {dtype: dtype.kind in "biuf" and not dtype.name.startswith("float8") for dtype in DTYPES}
 
@@ -30,45 +29,28 @@ class DeviceArray(dlpack.Exporter):
     """Device memory for any consumer: DLPack, and the CUDA array interface where NumPy has the dtype.
 
     Args:
-        ptr: device address.
-        shape: elements along each axis.
-        dtype: a dtype of `epcomm.dlpack.DTYPES`.
-        owner: keeps the memory alive.
-        device: CUDA device number.
-        stream: raw handle of the stream that fills the memory; None: the consumer is ordered by other means.
-        strides: elements between neighbours along each axis; row-major, without gaps, if None.
+        view: the memory; its owner keeps it alive.
+        stream: raw handle of the stream that fills it; None: the consumer is ordered by other means.
     """
 
-    __slots__ = ("_dtype", "_owner", "_ptr", "_shape", "_stream", "_strides")
+    __slots__ = ("_stream", "_view")
 
-    def __init__(
-        self,
-        ptr: int,
-        shape: Sequence[int],
-        dtype: DType,
-        *,
-        owner: object,
-        device: int,
-        stream: int | None,
-        strides: Sequence[int] | None = None,
-    ) -> None:
-        memory = dlpack.ndarray_over(ptr, shape, dtype, owner=owner, strides=strides)
-        super().__init__(memory, dtype, (CUDA, device))
-        self._ptr, self._shape, self._dtype, self._owner, self._stream = ptr, tuple(shape), dtype, owner, stream
-        self._strides = None if strides is None else tuple(step * dtype.itemsize for step in strides)
+    def __init__(self, view: ArrayView, stream: int | None) -> None:
+        super().__init__(_numpy_over(view), view.dtype, view.device)
+        self._view, self._stream = view, stream
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Elements along each axis."""
-        return self._shape
+        return self._view.shape
 
     @property
     def dtype(self) -> DType:
         """NumPy dtype, those of ml_dtypes included."""
-        return self._dtype
+        return self._view.dtype
 
     def __repr__(self) -> str:
-        return f"DeviceArray(shape={list(self._shape)}, dtype={self._dtype}, cuda:{self._device[1]})"
+        return f"DeviceArray(shape={list(self.shape)}, dtype={self.dtype}, cuda:{self._device[1]})"
 
     def __dlpack__(self, *, stream: object = None, **keywords: Any) -> Any:
         """A new capsule; the consumer's `stream` waits for the stream that fills the memory.
@@ -79,22 +61,23 @@ class DeviceArray(dlpack.Exporter):
         """
         consumer = dlpack_stream(stream)
         if consumer is None:
-            _hidden(self._owner)
+            _hidden(self._view.owner)
         else:
-            _hand_over(self._owner, self._stream, consumer, self._device[1])
+            _hand_over(self._view, self._stream, consumer)
         return super().__dlpack__(**keywords)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        if not _IS_NATIVE[self._dtype]:
+        view = self._view
+        if not _IS_NATIVE[view.dtype]:
             # Then it has none, and consumers go on to DLPack.
-            raise AttributeError(f"the CUDA array interface has no {self._dtype}; use DLPack")
-        _hidden(self._owner)  # the consumer orders its stream behind ours, and does not say which one it is
+            raise AttributeError(f"the CUDA array interface has no {view.dtype}; use DLPack")
+        _hidden(view.owner)  # the consumer orders its stream behind ours, and does not say which one it is
         return {
-            "data": (self._ptr, False),
-            "shape": self._shape,
-            "strides": self._strides,
-            "typestr": self._dtype.str,
+            "data": (view.ptr, False),
+            "shape": view.shape,
+            "strides": _byte_strides(view.spec),
+            "typestr": view.dtype.str,
             "version": 3,
             "stream": None if self._stream is None else self._stream or LEGACY,
         }
@@ -104,16 +87,7 @@ def export_any(array: NDArray[Any] | ArrayView, framework: str, stream: StreamRe
     """`export_array` for host memory, `device_array` for GPU memory that `stream` fills."""
     if isinstance(array, np.ndarray):
         return export_array(array, framework)
-    return device_array(
-        framework,
-        array.ptr,
-        array.shape,
-        array.dtype,
-        owner=array.owner,
-        device=array.device[1],
-        stream=None if stream is None else stream.ptr,
-        strides=None if array.contiguous else array.strides,
-    )
+    return device_array(framework, array, None if stream is None else stream.ptr)
 
 
 def to_host(view: ArrayView, stream: int) -> NDArray[Any]:
@@ -140,17 +114,7 @@ def to_host(view: ArrayView, stream: int) -> NDArray[Any]:
     return np.lib.stride_tricks.as_strided(flat, view.shape, tuple(step * width for step in view.strides))
 
 
-def device_array(
-    framework: str,
-    ptr: int,
-    shape: Sequence[int],
-    dtype: DType,
-    *,
-    owner: object,
-    device: int,
-    stream: int | None,
-    strides: Sequence[int] | None = None,
-) -> Any:
+def device_array(framework: str, view: ArrayView, stream: int | None) -> Any:
     """An array of `framework` over device memory. Does not block; not collective.
 
     The stream that the framework will use waits for `stream`: the current one of CuPy and PyTorch, the one that JAX and
@@ -159,55 +123,68 @@ def device_array(
 
     Args:
         framework: as `framework_of` names it.
-        ptr: device address of the first element.
-        shape: elements along each axis.
-        dtype: a dtype of `epcomm.dlpack.DTYPES`.
-        owner: keeps the memory alive until the last view is gone.
-        device: CUDA device number.
+        view: the memory, without gaps in some order of the axes; its owner lives until the last array over it is gone.
         stream: raw handle of the stream that fills the memory. None: the caller orders CuPy and PyTorch by other means
             (an event that is waited for later); JAX and other consumers then get no ordering either.
-        strides: elements between neighbours along each axis, without gaps in some order of the axes; row-major if None.
 
     Raises:
         DtypeError: a dtype that epcomm does not carry.
         DeviceError: "numpy", whose arrays are never in device memory.
         InputError: an unknown framework, or one that this process has not imported.
     """
-    if dtype not in DTYPES:
-        raise DtypeError("device_array", got=f"dtype {dtype}", wanted=f"one of {', '.join(map(str, DTYPES))}")
+    if view.dtype not in DTYPES:
+        raise DtypeError("device_array", got=f"dtype {view.dtype}", wanted=f"one of {', '.join(map(str, DTYPES))}")
     if framework == "cupy":
-        cupy = _module(framework)
-        cuda = cupy.cuda
-        consumer = cuda.get_current_stream(device)
-        _hand_over(owner, stream, consumer.ptr, device, consumer)  # CuPy destroys a stream with its object
-        num_bytes = math.prod(shape) * dtype.itemsize
-        # NOTE: with the device given, CuPy asks the driver nothing about the address.
-        memory = cuda.MemoryPointer(cuda.UnownedMemory(ptr, num_bytes, owner, device), 0)
-        return cupy.ndarray(
-            shape, dtype, memory, None if strides is None else tuple(step * dtype.itemsize for step in strides)
-        )
+        consumer = _module(framework).cuda.get_current_stream(view.device[1])
+        _hand_over(view, stream, consumer.ptr, consumer)  # CuPy destroys a stream with its object
+        return cupy_array(view)
     if framework == "torch":
         torch = _module(framework)
-        _hand_over(owner, stream, current_torch_stream(torch, device), device)
+        _hand_over(view, stream, current_torch_stream(torch, view.device[1]))
         # The capsule itself, as the ordering is done: `torch.from_dlpack` of an object would ask for it again.
-        memory = dlpack.ndarray_over(ptr, shape, dtype, owner=owner, strides=strides)
-        return torch.utils.dlpack.from_dlpack(dlpack.Exporter(memory, dtype, (CUDA, device)).__dlpack__())
+        exporter = dlpack.Exporter(_numpy_over(view), view.dtype, view.device)
+        return torch.utils.dlpack.from_dlpack(exporter.__dlpack__())
     if framework == "numpy":
-        raise wrong_device("device_array", (CUDA, device), "cpu")
-    array = DeviceArray(ptr, shape, dtype, owner=owner, device=device, stream=stream, strides=strides)
+        raise wrong_device("device_array", view.device, "cpu")
+    array = DeviceArray(view, stream)
     if framework == "jax":
-        _hidden(owner)
+        _hidden(view.owner)
         return _module(framework).dlpack.from_dlpack(array)
     if framework == "dlpack":
         return array
     raise _unknown(framework)
 
 
-def _hand_over(owner: Any, stream: int | None, consumer: int, device: int, keep: object = None) -> None:
-    """Work in `consumer` may use the memory of `owner` once `stream` has come here; `keep` keeps `consumer` alive."""
+def cupy_array(view: ArrayView) -> Any:
+    """`device_array` for CuPy, whose current stream needs no ordering and is known to the owner as a reader."""
+    (array, pointer, memory), spec = _cupy_classes(), view.spec
+    # NOTE: with the device given, CuPy asks the driver nothing about the address.
+    owned = memory(view.ptr, spec.num_bytes, view.owner, spec.device[1])
+    return array(spec.shape, spec.dtype, pointer(owned, 0), None if spec.contiguous else _byte_strides(spec))
+
+
+@functools.cache
+def _cupy_classes() -> tuple[Any, Any, Any]:
+    cupy = sys.modules["cupy"]
+    return cupy.ndarray, cupy.cuda.MemoryPointer, cupy.cuda.UnownedMemory
+
+
+@functools.lru_cache(maxsize=1024)
+def _byte_strides(spec: ArraySpec) -> tuple[int, ...] | None:
+    """None: row-major without gaps."""
+    return None if spec.contiguous else tuple([step * spec.dtype.itemsize for step in spec.strides])
+
+
+def _numpy_over(view: ArrayView) -> NDArray[Any]:
+    strides = None if view.contiguous else view.strides
+    return dlpack.ndarray_over(view.ptr, view.shape, view.dtype, owner=view.owner, strides=strides)
+
+
+def _hand_over(view: ArrayView, stream: int | None, consumer: int, keep: object = None) -> None:
+    """Work in `consumer` may use the memory once `stream` has come here; `keep` keeps `consumer` alive."""
     if stream is not None and stream != consumer:
-        order(stream, consumer, device)
-    note = getattr(owner, "note_reader", None)
+        order(stream, consumer, view.device[1])
+    note = getattr(view.owner, "note_reader", None)
     if note is not None:
         note(consumer, keep)
 

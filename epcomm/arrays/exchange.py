@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epcomm import dlpack
 from epcomm.arrays.streams import LEGACY
-from epcomm.arrays.view import ArrayView, empty, wrong_device
+from epcomm.arrays.view import ROW_ALIGNMENT, ArraySpec, ArrayView, array_spec, empty, wrong_device
 from epcomm.dlpack import CPU, CUDA, DTYPES, DType
 from epcomm.errors import DeviceError, DtypeError, ImmutableArray, InputError, LayoutError
 
@@ -49,7 +49,10 @@ def framework_of(x: object) -> str:
     Raises:
         DtypeError: `x` is no array (a list, a number, None).
     """
-    return _framework_or_raise(x, "array")
+    framework = framework_or_none(x)
+    if framework is None:
+        raise _no_array(x, "array")
+    return framework
 
 
 def framework_or_none(x: object) -> str | None:
@@ -57,16 +60,13 @@ def framework_or_none(x: object) -> str | None:
     return _framework_of_type(type(x))  # type: ignore[arg-type]
 
 
-def _framework_or_raise(x: object, name: str) -> str:
-    framework = _framework_of_type(type(x))  # type: ignore[arg-type]  # mypy does not believe that classes hash
-    if framework is None:
-        raise DtypeError(
-            name,
-            got=f"a {type(x).__name__}",
-            wanted="an array of NumPy, CuPy, JAX or PyTorch, or any DLPack array",
-            do="make an array of it first",
-        )
-    return framework
+def _no_array(x: object, name: str) -> DtypeError:
+    return DtypeError(
+        name,
+        got=f"a {type(x).__name__}",
+        wanted="an array of NumPy, CuPy, JAX or PyTorch, or any DLPack array",
+        do="make an array of it first",
+    )
 
 
 def import_array(x: Any, name: str, *, writable: bool = False, stream: int | None = None) -> ArrayView:
@@ -90,14 +90,16 @@ def import_array(x: Any, name: str, *, writable: bool = False, stream: int | Non
         InputError: `writable`, and read-only or recorded by autograd; or an array without plain memory: tracer, fake,
             wrapped, sparse, quantized, nested, conjugated, sharded, deleted, masked.
     """
-    framework = _framework_or_raise(x, name)
-    if stream is not None and framework in ("jax", "dlpack"):
-        importer = _import_jax if framework == "jax" else _import_dlpack
-        return importer(x, name, writable, stream=stream)
-    return _IMPORTERS[framework](x, name, writable)
+    importer = _importer_of.get(type(x))
+    if importer is None:
+        framework = framework_or_none(x)
+        if framework is None:
+            raise _no_array(x, name)
+        importer = _importer_of[type(x)] = _IMPORTERS[framework]
+    return importer(x, name, writable, stream)
 
 
-def _import_numpy(x: NDArray[Any], name: str, writable: bool) -> ArrayView:
+def _import_numpy(x: NDArray[Any], name: str, writable: bool, stream: int | None) -> ArrayView:
     kind = type(x)
     if kind is not np.ndarray:
         if isinstance(x, np.ma.MaskedArray):
@@ -107,11 +109,12 @@ def _import_numpy(x: NDArray[Any], name: str, writable: bool) -> ArrayView:
     _check_dtype(name, dtype)
     if writable and not x.flags.writeable:
         raise _read_only(name)
-    strides = _in_elements(name, x.strides, dtype.itemsize)
-    return ArrayView("numpy", x.ctypes.data, x.shape, strides, dtype, (CPU, 0), not x.flags.writeable, x)
+    strides, ptr = _in_elements(name, x.strides, dtype.itemsize), x.ctypes.data
+    spec = array_spec("numpy", x.shape, strides, dtype, (CPU, 0), not x.flags.writeable, ptr % ROW_ALIGNMENT)
+    return ArrayView(spec, ptr, x)
 
 
-def _import_torch(x: Any, name: str, writable: bool) -> ArrayView:
+def _import_torch(x: Any, name: str, writable: bool, stream: int | None) -> ArrayView:
     torch = sys.modules["torch"]
     _check_torch_kind(torch, x, name)
     dtype = _TORCH_DTYPES.get(str(x.dtype))
@@ -130,16 +133,10 @@ def _import_torch(x: Any, name: str, writable: bool) -> ArrayView:
             )
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
-    return ArrayView(
-        framework="torch",
-        ptr=x.data_ptr(),
-        shape=tuple(x.shape),
-        strides=x.stride(),
-        dtype=dtype,
-        device=(CPU, 0) if device.type == "cpu" else (CUDA, device.index),
-        readonly=False,
-        owner=x.untyped_storage(),  # and not x, whose memory `x.data = …` and `x.set_(…)` would exchange
-    )
+    place, ptr = (CPU, 0) if device.type == "cpu" else (CUDA, device.index), x.data_ptr()
+    spec = array_spec("torch", tuple(x.shape), x.stride(), dtype, place, False, ptr % ROW_ALIGNMENT)
+    # The storage is the owner and not x, whose memory `x.data = …` and `x.set_(…)` would exchange.
+    return ArrayView(spec, ptr, x.untyped_storage())
 
 
 # What to do about a subclass, by name: importing torch's private modules only to name them would be worse.
@@ -173,7 +170,7 @@ def _check_torch_kind(torch: Any, x: Any, name: str) -> None:
         raise InputError(name, got=problem, wanted="a plain torch.Tensor", do=remedy)
 
 
-def _import_jax(x: Any, name: str, writable: bool, stream: int | None = None) -> ArrayView:
+def _import_jax(x: Any, name: str, writable: bool, stream: int | None) -> ArrayView:
     jax = sys.modules["jax"]
     if isinstance(x, jax.core.Tracer):
         raise InputError(
@@ -207,14 +204,22 @@ def _import_jax(x: Any, name: str, writable: bool, stream: int | None = None) ->
             do="leave this argument out and use the array that the call returns",
         )
     _check_dtype(name, x.dtype)
-    return _import_dlpack(x, name, False, framework="jax", stream=stream)
+    return _import_dlpack(x, name, False, stream, framework="jax")
 
 
-def _import_cupy(x: Any, name: str, writable: bool) -> ArrayView:
-    dtype = x.dtype
+def _import_cupy(x: Any, name: str, writable: bool, stream: int | None) -> ArrayView:
+    data = x.data
+    ptr = data.ptr
+    return ArrayView(_cupy_spec(name, x.dtype, x.shape, x.strides, data.device_id, ptr % ROW_ALIGNMENT), ptr, x)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cupy_spec(
+    name: str, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...], device: int, misalignment: int
+) -> ArraySpec:
     _check_dtype(name, dtype)
-    strides = _strides_in_elements(name, x.strides, dtype.itemsize)
-    return ArrayView("cupy", x.data.ptr, x.shape, strides, dtype, (CUDA, x.device.id), False, x)
+    in_elements = _in_elements(name, strides, dtype.itemsize)
+    return array_spec("cupy", shape, in_elements, dtype, (CUDA, device), False, misalignment)
 
 
 class _OnStream:
@@ -227,27 +232,30 @@ class _OnStream:
         return self._producer.__dlpack__(stream=self._stream, **keywords)
 
 
-def _import_dlpack(
-    x: Any, name: str, writable: bool, framework: str = "dlpack", stream: int | None = None
-) -> ArrayView:
+def _import_dlpack(x: Any, name: str, writable: bool, stream: int | None, framework: str = "dlpack") -> ArrayView:
     if stream is not None and x.__dlpack_device__()[0] == CUDA:
         x = _OnStream(x, stream)
     tensor = dlpack.read(x, name)
     readonly = tensor.readonly or framework == "jax"  # JAX's capsules have no field to say so
     if writable and readonly:
         raise _read_only(name)
-    return ArrayView(
-        framework, tensor.ptr, tensor.shape, tensor.strides, tensor.dtype, tensor.device, readonly, tensor.capsule
+    spec = array_spec(
+        framework, tensor.shape, tensor.strides, tensor.dtype, tensor.device, readonly, tensor.ptr % ROW_ALIGNMENT
     )
+    return ArrayView(spec, tensor.ptr, tensor.capsule)
 
 
-_IMPORTERS: dict[str, Callable[[Any, str, bool], ArrayView]] = {
+_Importer: TypeAlias = Callable[[Any, str, bool, int | None], ArrayView]
+_IMPORTERS: dict[str, _Importer] = {
     "numpy": _import_numpy,
     "torch": _import_torch,
     "jax": _import_jax,
     "cupy": _import_cupy,
     "dlpack": _import_dlpack,
 }
+
+
+_importer_of: dict[type, _Importer] = {}  # by class of array, as they come
 
 
 def export_array(a: NDArray[Any], framework: str) -> Any:
@@ -310,9 +318,6 @@ def _in_elements(name: str, strides: Sequence[int], itemsize: int) -> tuple[int,
                 do="pass a contiguous copy of it",
             )
     return tuple([step // itemsize for step in strides])
-
-
-_strides_in_elements = functools.lru_cache(maxsize=1024)(_in_elements)  # of tuples, which come again and again
 
 
 def _check_dtype(name: str, dtype: DType) -> None:

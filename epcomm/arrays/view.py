@@ -1,11 +1,12 @@
-"""What an array looks like to epcomm: `ArrayView`; what operations demand of one: `require`; host memory: `empty`."""
+"""What an array is to epcomm: `ArraySpec`, `ArrayView`; what operations demand: `require`; host memory: `empty`."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -14,52 +15,120 @@ from epcomm import dlpack
 from epcomm.dlpack import CPU, CUDA, CUDA_HOST, DType
 from epcomm.errors import DeviceError, DtypeError, LayoutError, ShapeError
 
-__all__ = ["ArrayView", "empty", "require", "wrong_device"]
+__all__ = ["ROW_ALIGNMENT", "ArraySpec", "ArrayView", "Place", "array_spec", "empty", "require", "wrong_device"]
 
 _ALIGNMENT = 64  # bytes; the alignment at which JAX on the CPU shares memory instead of copying it
-_ROW_ALIGNMENT = 16  # bytes; the unit of the vector and bulk copies
+ROW_ALIGNMENT = 16  # bytes; the unit of the vector and bulk copies
+
+Place = Literal["cpu"] | int  # where a backend's arrays are: in host memory, or on the CUDA device of that number
 
 
-@dataclass(slots=True, eq=False)  # not frozen: that triples the time to make one, and every call makes several
-class ArrayView:
-    """An array of any framework, by address.
+@dataclass(frozen=True, slots=True, eq=False)
+class ArraySpec:
+    """What an array looks like, wherever it lies.
+
+    `array_spec` makes them, and makes one for all arrays that look the same. So whatever depends on looks and options
+    only, a check or the shape of a launch, is a cached function of specs, and found again at the price of a look-up.
 
     Attributes:
         framework: "numpy", "torch", "jax", "cupy", or "dlpack" for every other producer.
-        ptr: address of the first element; may be 0 when there is none.
         shape: elements along each axis.
         strides: elements between neighbours along each axis.
         dtype: NumPy dtype, those of ml_dtypes included.
         device: DLPack device type and device number; ``(1, 0)`` is the CPU.
         readonly: the memory must not be written.
-        owner: keeps the memory alive.
+        misalignment: bytes from a multiple of 16 to the first element.
+        contiguous: whether the elements lie in row-major order without gaps.
+        num_bytes: of all elements.
     """
 
     framework: str
-    ptr: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: DType
     device: tuple[int, int]
     readonly: bool
-    owner: object = field(repr=False)
+    misalignment: int
+    contiguous: bool
+    num_bytes: int
 
     @property
     def on_cpu(self) -> bool:
         """Whether the CPU can read the memory (pinned memory counts)."""
         return self.device[0] in (CPU, CUDA_HOST)
 
+
+@functools.lru_cache(maxsize=4096)
+def array_spec(
+    framework: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    dtype: DType,
+    device: tuple[int, int],
+    readonly: bool = False,
+    misalignment: int = 0,
+) -> ArraySpec:
+    """The `ArraySpec` of these attributes; without strides, of a row-major array without gaps."""
+    compact = dlpack.compact_strides(shape)
+    if strides is None:
+        strides = compact
+    contiguous = 0 in shape or all(
+        extent == 1 or step == wanted for extent, step, wanted in zip(shape, strides, compact, strict=True)
+    )
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return ArraySpec(framework, shape, strides, dtype, device, readonly, misalignment, contiguous, num_bytes)
+
+
+class ArrayView:
+    """An array of any framework, by address.
+
+    The attributes of its `spec` are its own, too.
+
+    Args:
+        spec: what it looks like.
+        ptr: address of the first element; may be 0 when there is none.
+        owner: keeps the memory alive.
+    """
+
+    __slots__ = ("owner", "ptr", "spec")
+
+    def __init__(self, spec: ArraySpec, ptr: int, owner: object) -> None:
+        self.spec, self.ptr, self.owner = spec, ptr, owner
+
+    def __repr__(self) -> str:
+        return f"ArrayView({self.spec}, ptr={self.ptr:#x})"
+
+    @property
+    def framework(self) -> str:
+        return self.spec.framework
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.spec.strides
+
+    @property
+    def dtype(self) -> DType:
+        return self.spec.dtype
+
+    @property
+    def device(self) -> tuple[int, int]:
+        return self.spec.device
+
+    @property
+    def readonly(self) -> bool:
+        return self.spec.readonly
+
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie in row-major order without gaps."""
-        if self.strides == dlpack.compact_strides(self.shape):
-            return True
-        step = 1
-        for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if extent > 1 and stride != step:
-                return 0 in self.shape
-            step *= extent
-        return True
+        return self.spec.contiguous
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.spec.on_cpu
 
     def numpy(self) -> NDArray[Any]:
         """The same memory as a NumPy array of `dtype`; it keeps the owner alive. Does not copy or block.
@@ -77,7 +146,7 @@ class ArrayView:
 
 
 def require(
-    view: ArrayView,
+    spec: ArraySpec,
     name: str,
     *,
     dtypes: Collection[DTypeLike] | None = None,
@@ -85,50 +154,58 @@ def require(
     shape: Sequence[int | None] | None = None,
     contiguous: bool = True,
     aligned: bool = False,
-    device: str | None = "cpu",
+    place: Place | None = "cpu",
 ) -> None:
-    """Raise unless `view` is what an operation takes; None always means "any".
+    """Raise unless an array is what an operation takes; None always means "any".
 
     Args:
-        view: the array.
+        spec: what it looks like.
         name: what to call it in an error: the name of the argument.
         dtypes: the dtypes to accept.
         ndim: number of axes.
         shape: extent of each axis, None for any.
         contiguous: row-major without gaps.
         aligned: starting at a multiple of 16 bytes, if there is any element.
-        device: "cpu" or "cuda": where the backend's arrays are.
+        place: where the backend's arrays are.
 
     Raises:
-        DeviceError, DtypeError, ShapeError, LayoutError: in this order, the first thing that is wrong.
+        DeviceError, DtypeError, ShapeError, LayoutError, DeviceError: in this order, the first thing that is wrong; the
+            second DeviceError is about the number of the CUDA device.
     """
-    if device is not None and not (view.on_cpu if device == "cpu" else view.device[0] == CUDA):
-        raise wrong_device(name, view.device, device)
-    if dtypes is not None and view.dtype not in dtypes:
+    if place is not None and not (spec.on_cpu if place == "cpu" else spec.device[0] == CUDA):
+        raise wrong_device(name, spec.device, "cpu" if place == "cpu" else "cuda")
+    if dtypes is not None and spec.dtype not in dtypes:
         wanted = " or ".join(str(np.dtype(dtype)) for dtype in dtypes)
-        raise DtypeError(name, got=f"dtype {view.dtype}", wanted=wanted, do="cast it first")
-    if ndim is not None and len(view.shape) != ndim:
+        raise DtypeError(name, got=f"dtype {spec.dtype}", wanted=wanted, do="cast it first")
+    if ndim is not None and len(spec.shape) != ndim:
         raise ShapeError(
-            name, got=f"shape {list(view.shape)}", wanted=f"{ndim} dimension{'s' * (ndim != 1)}", do="reshape it"
+            name, got=f"shape {list(spec.shape)}", wanted=f"{ndim} dimension{'s' * (ndim != 1)}", do="reshape it"
         )
     if shape is not None and (
-        len(shape) != len(view.shape) or any(w is not None and w != g for w, g in zip(shape, view.shape, strict=True))
+        len(shape) != len(spec.shape) or any(w is not None and w != g for w, g in zip(shape, spec.shape, strict=True))
     ):
         wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
-        raise ShapeError(name, got=f"shape {list(view.shape)}", wanted=f"[{wanted}]", do="pass an array of that shape")
-    if contiguous and not view.contiguous:
+        raise ShapeError(name, got=f"shape {list(spec.shape)}", wanted=f"[{wanted}]", do="pass an array of that shape")
+    if contiguous and not spec.contiguous:
         raise LayoutError(
             name,
-            got=f"strides {list(view.strides)} for shape {list(view.shape)}",
+            got=f"strides {list(spec.strides)} for shape {list(spec.shape)}",
             wanted="a row-major array without gaps",
             do="pass a contiguous copy of it",
         )
-    if aligned and view.ptr % _ROW_ALIGNMENT and 0 not in view.shape:
+    if aligned and spec.misalignment and 0 not in spec.shape:
         raise LayoutError(
             name,
-            got=f"memory {view.ptr % _ROW_ALIGNMENT} bytes past a multiple of {_ROW_ALIGNMENT}",
-            wanted=f"memory that starts at a multiple of {_ROW_ALIGNMENT} bytes",
+            got=f"memory {spec.misalignment} bytes past a multiple of {ROW_ALIGNMENT}",
+            wanted=f"memory that starts at a multiple of {ROW_ALIGNMENT} bytes",
             do="pass a copy of it, not a slice that starts inside another array",
+        )
+    if isinstance(place, int) and spec.device[1] != place:
+        raise DeviceError(
+            name,
+            got=f"an array on cuda:{spec.device[1]}",
+            wanted=f"one on cuda:{place}, the device of this Buffer",
+            do="move the array, or construct the Buffer with device=",
         )
 
 

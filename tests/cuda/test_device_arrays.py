@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from epcomm.arrays import import_array
+from epcomm.arrays import ArrayView, array_spec, import_array
 from epcomm.arrays.device import device_array
 from epcomm.arrays.streams import as_stream, current_stream
 from epcomm.dlpack import CUDA
@@ -77,6 +77,10 @@ def pool() -> Iterator[BlockPool]:
     memory.close()
 
 
+def view_of(ptr: int, shape: tuple[int, ...], dtype: Any, owner: object) -> ArrayView:
+    return ArrayView(array_spec("", shape, None, np.dtype(dtype), (CUDA, 0)), ptr, owner)
+
+
 def over(ptr: int, num_bytes: int, owner: object = None) -> Any:
     """The bytes there, as a CuPy array."""
     memory = cupy.cuda.UnownedMemory(ptr, num_bytes, owner, 0)
@@ -104,7 +108,7 @@ def test_round_trip_by_pointer(pool: BlockPool, framework: str, dtype: np.dtype[
     block = pool.allocate(num_bytes, stream)
     assert block is not None
     over(block.ptr, num_bytes).set(octets)
-    array = device_array(framework, block.ptr, SHAPE, dtype, owner=block, device=0, stream=stream)
+    array = device_array(framework, view_of(block.ptr, SHAPE, dtype, block), stream)
     if framework == "jax" and dtype == np.int64 and array.dtype == np.int32:
         return  # JAX without x64 copies
     view = import_array(array, "x", stream=stream)
@@ -118,7 +122,7 @@ def test_zero_rows(pool: BlockPool, source: str) -> None:
     need(source)
     block = pool.allocate(0, 0)
     assert block is not None
-    array = device_array(source, block.ptr, (0, 64), np.dtype(np.float32), owner=block, device=0, stream=0)
+    array = device_array(source, view_of(block.ptr, (0, 64), np.float32, block), 0)
     assert import_array(array, "x", stream=0).shape == (0, 64)
 
 
@@ -132,7 +136,7 @@ def test_consumers_wait_for_the_stream_that_fills_the_memory(pool: BlockPool, fr
     for value in (7, 8):
         with ours:
             busy_kernel((1,), (1,), (np.int64(SPIN_CYCLES), x, np.int32(value)))
-        array = device_array(framework, block.ptr, (1,), np.dtype(np.int32), owner=block, device=0, stream=ours.ptr)
+        array = device_array(framework, view_of(block.ptr, (1,), np.int32, block), ours.ptr)
         if framework == "torch":
             read = int((array + 0).cpu())
         elif framework == "jax":
@@ -155,7 +159,7 @@ def test_memory_is_reused_behind_its_readers(pool: BlockPool) -> None:
     assert first is not None
     address = first.ptr
     with reader:
-        x = device_array("cupy", address, (1,), np.dtype(np.int32), owner=first, device=0, stream=reader.ptr)
+        x = device_array("cupy", view_of(address, (1,), np.int32, first), reader.ptr)
         busy_kernel((1,), (1,), (np.int64(SPIN_CYCLES), x, np.int32(1)))
         cupy.copyto(seen, x)
     del first, x
@@ -174,7 +178,7 @@ def test_block_is_freed_with_the_last_view(pool: BlockPool, framework: str) -> N
     need(framework)
     block = pool.allocate(4096, 0)
     assert block is not None
-    array = device_array(framework, block.ptr, (32, 32), np.dtype(np.float32), owner=block, device=0, stream=0)
+    array = device_array(framework, view_of(block.ptr, (32, 32), np.float32, block), 0)
     view = array[3:5]  # for JAX a copy
     del block
     pool.largest_free()
@@ -230,6 +234,7 @@ import sys, types
 import {framework}
 import numpy as np
 import cupy
+from epcomm.arrays import ArrayView, array_spec
 from epcomm.arrays.device import device_array
 from epcomm.memory.blocks import BlockPool
 from epcomm.memory.device import DeviceMemory
@@ -238,7 +243,8 @@ memory = DeviceMemory.allocate(1 << 20, 0, shareable=True, zeroed=True)
 pool = BlockPool(memory.ptr, memory.num_bytes, CudaTimeline(0))
 def output():
     block = pool.allocate(4096, 0)
-    return device_array("{framework}", block.ptr, (32, 32), np.dtype(np.float32), owner=block, device=0, stream=0)
+    spec = array_spec("", (32, 32), None, np.dtype(np.float32), (2, 0))
+    return device_array("{framework}", ArrayView(spec, block.ptr, block), 0)
 keep = types.ModuleType("keep")
 sys.modules["keep"] = keep
 keep.output = output()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from epcomm import dlpack
-from epcomm.arrays import ArrayView, empty, export_array, framework_of, import_array, require
+from epcomm.arrays import array_spec, empty, export_array, framework_of, import_array, require
 from epcomm.dlpack import CPU, CUDA, DTYPES, Exporter, ndarray_over, read
 from epcomm.errors import DeviceError, DtypeError, InputError, LayoutError, ShapeError
 
@@ -162,14 +162,11 @@ def test_cupy_array_by_attributes():
     """With a stand-in that has the documented attributes of cupy.ndarray."""
 
     class Pointer:
-        ptr = 0x7F0000000200
-
-    class Device:
-        id = 3
+        ptr, device_id = 0x7F0000000200, 3
 
     stand_in = type("ndarray", (), {"__module__": "cupy"})
     x = stand_in()
-    x.dtype, x.shape, x.strides, x.data, x.device = BF16, (4, 6), (12, 2), Pointer(), Device()
+    x.dtype, x.shape, x.strides, x.data = BF16, (4, 6), (12, 2), Pointer()
     assert framework_of(x) == "cupy"
     view = import_array(x, "x", writable=True)
     assert (view.framework, view.ptr, view.shape, view.strides) == ("cupy", Pointer.ptr, (4, 6), (6, 1))
@@ -390,34 +387,62 @@ def test_prototypes_do_not_leak_into_ctypes():
 # ---- require
 
 
-def view_of(**changes):
-    fields = {
-        "framework": "numpy",
-        "ptr": 4096,
-        "shape": (4, 6),
-        "strides": (6, 1),
-        "dtype": BF16,
-        "device": (CPU, 0),
-        "readonly": False,
-        "owner": None,
-    }
-    return ArrayView(**{**fields, **changes})
+def spec_of(**changes):
+    fields = {"framework": "numpy", "shape": (4, 6), "strides": (6, 1), "dtype": BF16, "device": (CPU, 0)}
+    return array_spec(**{**fields, **changes})
+
+
+def test_arrays_that_look_the_same_have_one_spec():
+    """Whatever is known of a spec is found by identity."""
+    first, second = np.zeros((5, 48), np.float32), np.zeros((5, 48), np.float32)
+    spec = import_array(first, "x").spec
+    assert import_array(second, "y").spec is spec
+    assert import_array(first[:, :3], "x").spec is not spec
+    assert import_array(first.view(np.int32), "x").spec is not spec
+    assert import_array(first[1:], "x").spec is not spec
+    frozen = second.view()
+    frozen.flags.writeable = False
+    assert import_array(frozen, "x").spec is not spec
+    moved = np.zeros((5 * 48 + 1,), np.float32)[1:].reshape(5, 48)
+    assert import_array(moved, "x").spec is not spec
+    assert import_array(moved, "x").spec.misalignment == moved.ctypes.data % 16
 
 
 @pytest.mark.parametrize(
-    ("view", "wanted"),
+    ("shape", "strides", "contiguous"),
     [
-        (view_of(), {}),
-        (view_of(), {"dtypes": (BF16, np.dtype(np.float32)), "ndim": 2, "shape": (4, 6), "aligned": True}),
-        (view_of(), {"dtypes": [ml_dtypes.bfloat16], "shape": (None, 6)}),
-        (view_of(ptr=4098), {}),
-        (view_of(strides=(1, 4)), {"contiguous": False}),
-        (view_of(shape=(0, 6), strides=(9, 9), ptr=4099), {"aligned": True}),
-        (view_of(shape=(1, 6), strides=(77, 1)), {}),
-        (view_of(shape=(), strides=()), {"ndim": 0, "shape": ()}),
-        (view_of(device=(dlpack.CUDA_HOST, 0)), {"device": "cpu"}),
-        (view_of(device=(CUDA, 1)), {"device": "cuda"}),
-        (view_of(device=(CUDA, 1)), {"device": None}),
+        ((4, 6), None, True),
+        ((4, 6), (6, 1), True),
+        ((4, 6), (1, 4), False),
+        ((4, 6), (7, 1), False),
+        ((4, 6), (0, 1), False),
+        ((1, 6), (99, 1), True),
+        ((4, 1), (1, 99), True),
+        ((2, 0, 3), (9, 9, 9), True),
+        ((), (), True),
+    ],
+)
+def test_contiguous(shape, strides, contiguous):
+    spec = spec_of(shape=shape, strides=strides)
+    assert spec.contiguous == contiguous
+    assert spec.num_bytes == 2 * int(np.prod(shape))
+    assert strides is None or spec.strides == strides
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        (spec_of(), {}),
+        (spec_of(), {"dtypes": (BF16, np.dtype(np.float32)), "ndim": 2, "shape": (4, 6), "aligned": True}),
+        (spec_of(), {"dtypes": [ml_dtypes.bfloat16], "shape": (None, 6)}),
+        (spec_of(misalignment=2), {}),
+        (spec_of(strides=(1, 4)), {"contiguous": False}),
+        (spec_of(shape=(0, 6), strides=(9, 9), misalignment=3), {"aligned": True}),
+        (spec_of(shape=(1, 6), strides=(77, 1)), {}),
+        (spec_of(shape=(), strides=()), {"ndim": 0, "shape": ()}),
+        (spec_of(device=(dlpack.CUDA_HOST, 0)), {"place": "cpu"}),
+        (spec_of(device=(CUDA, 1)), {"place": 1}),
+        (spec_of(device=(CUDA, 1)), {"place": None}),
     ],
     ids=[
         "defaults",
@@ -433,27 +458,29 @@ def view_of(**changes):
         "any_device",
     ],
 )
-def test_require_accepts(view, wanted):
-    require(view, "x", **wanted)
+def test_require_accepts(spec, wanted):
+    require(spec, "x", **wanted)
 
 
 @pytest.mark.parametrize(
-    ("view", "wanted", "error", "message"),
+    ("spec", "wanted", "error", "message"),
     [
-        (view_of(), {"dtypes": (np.dtype(np.int32), np.dtype(np.int64))}, DtypeError, "dtype bfloat16.*int32 or int64"),
-        (view_of(), {"ndim": 1}, ShapeError, r"shape \[4, 6\]; wanted 1 dimension;"),
-        (view_of(), {"ndim": 3}, ShapeError, "wanted 3 dimensions;"),
-        (view_of(), {"shape": (4, 7)}, ShapeError, r"got shape \[4, 6\]; wanted \[4, 7\]"),
-        (view_of(), {"shape": (None, None, 6)}, ShapeError, r"wanted \[any, any, 6\]"),
-        (view_of(strides=(1, 4)), {}, LayoutError, r"strides \[1, 4\] for shape \[4, 6\].*contiguous copy"),
-        (view_of(strides=(12, 1)), {}, LayoutError, "without gaps"),
-        (view_of(strides=(-6, 1)), {}, LayoutError, "without gaps"),
-        (view_of(strides=(6, 0)), {}, LayoutError, "without gaps"),
-        (view_of(ptr=4104), {"aligned": True}, LayoutError, "8 bytes past a multiple of 16"),
-        (view_of(device=(CUDA, 1)), {}, DeviceError, "cuda:1.*host backend takes CPU arrays; pass backend='cuda'"),
-        (view_of(device=(8, 0)), {}, DeviceError, r"got DLPack device \(8, 0\); wanted an array on cpu"),
-        (view_of(), {"device": "cuda"}, DeviceError, "got a CPU array; wanted an array on cuda.*pass backend='host'"),
-        (view_of(device=(CUDA, 0), dtype=np.dtype("f4")), {"dtypes": (BF16,)}, DeviceError, "cuda:0"),
+        (spec_of(), {"dtypes": (np.dtype(np.int32), np.dtype(np.int64))}, DtypeError, "dtype bfloat16.*int32 or int64"),
+        (spec_of(), {"ndim": 1}, ShapeError, r"shape \[4, 6\]; wanted 1 dimension;"),
+        (spec_of(), {"ndim": 3}, ShapeError, "wanted 3 dimensions;"),
+        (spec_of(), {"shape": (4, 7)}, ShapeError, r"got shape \[4, 6\]; wanted \[4, 7\]"),
+        (spec_of(), {"shape": (None, None, 6)}, ShapeError, r"wanted \[any, any, 6\]"),
+        (spec_of(strides=(1, 4)), {}, LayoutError, r"strides \[1, 4\] for shape \[4, 6\].*contiguous copy"),
+        (spec_of(strides=(12, 1)), {}, LayoutError, "without gaps"),
+        (spec_of(strides=(-6, 1)), {}, LayoutError, "without gaps"),
+        (spec_of(strides=(6, 0)), {}, LayoutError, "without gaps"),
+        (spec_of(misalignment=8), {"aligned": True}, LayoutError, "8 bytes past a multiple of 16"),
+        (spec_of(device=(CUDA, 1)), {}, DeviceError, "cuda:1.*host backend takes CPU arrays; pass backend='cuda'"),
+        (spec_of(device=(8, 0)), {}, DeviceError, r"got DLPack device \(8, 0\); wanted an array on cpu"),
+        (spec_of(), {"place": 0}, DeviceError, "got a CPU array; wanted an array on cuda.*pass backend='host'"),
+        (spec_of(device=(CUDA, 0), dtype=np.dtype("f4")), {"dtypes": (BF16,)}, DeviceError, "cuda:0"),
+        (spec_of(device=(CUDA, 1)), {"place": 0}, DeviceError, "on cuda:1; wanted one on cuda:0, the device of this B"),
+        (spec_of(device=(CUDA, 1)), {"place": 0, "ndim": 1}, ShapeError, "wanted 1 dimension;"),
     ],
     ids=[
         "dtype",
@@ -470,11 +497,13 @@ def test_require_accepts(view, wanted):
         "metal_on_host",
         "cpu_on_cuda",
         "device_is_checked_first",
+        "another_gpu",
+        "another_gpu_is_checked_last",
     ],
 )
-def test_require_raises(view, wanted, error, message):
+def test_require_raises(spec, wanted, error, message):
     with pytest.raises(error, match=message) as caught:
-        require(view, "x", **wanted)
+        require(spec, "x", **wanted)
     assert type(caught.value) is error
     assert str(caught.value).startswith("x: got ")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.fake_driver import GRANULARITY, FakeDriver
 
-from epcomm.arrays import import_array
+from epcomm.arrays import ArrayView, array_spec, import_array
 from epcomm.arrays.device import DeviceArray, device_array
 from epcomm.arrays.streams import LEGACY, as_stream, current_stream, dlpack_stream
 from epcomm.bootstrap import run_local
@@ -272,9 +272,13 @@ def test_thousands_of_buffers(fake):
 # ---- arrays over device addresses (never dereferenced), and streams
 
 
+def view_of(ptr=1 << 40, shape=(2,), dtype="f4", owner=None, device=0):
+    return ArrayView(array_spec("", shape, None, np.dtype(dtype), (CUDA, device)), ptr, owner)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_device_array_is_offered_with_its_device_and_dtype(dtype):
-    array = device_array("dlpack", 1 << 40, (4, 6), dtype, owner=object(), device=3, stream=None)
+    array = device_array("dlpack", view_of(shape=(4, 6), dtype=dtype, owner=object(), device=3), None)
     assert array.__dlpack_device__() == (CUDA, 3)
     tensor = read(array, "x")
     assert (tensor.ptr, tensor.shape, tensor.dtype, tensor.device) == (1 << 40, (4, 6), dtype, (CUDA, 3))
@@ -302,7 +306,7 @@ def test_the_owner_hears_of_every_stream(monkeypatch):
     orders = []
     monkeypatch.setattr("epcomm.arrays.device.order", lambda first, then, device: orders.append((first, then, device)))
     owner = Owner()
-    array = DeviceArray(1 << 40, (4,), np.dtype(np.int8), owner=owner, device=1, stream=7)
+    array = DeviceArray(view_of(dtype="i1", owner=owner, device=1), 7)
     for stream in (None, 1, 2, 7, 99):
         array.__dlpack__(stream=stream)
     assert owner.readers == [LEGACY, 1, 2, 7, 99]
@@ -319,7 +323,7 @@ def test_a_capsule_keeps_the_owner():
 
     owner = Memory()
     alive = weakref.ref(owner)
-    capsule = device_array("dlpack", 1 << 40, (2,), np.dtype("f4"), owner=owner, device=0, stream=None).__dlpack__()
+    capsule = device_array("dlpack", view_of(owner=owner), None).__dlpack__()
     del owner
     assert alive() is not None
     del capsule
@@ -327,13 +331,12 @@ def test_a_capsule_keeps_the_owner():
 
 
 def test_device_arrays_that_cannot_be_made():
-    arguments = {"owner": None, "device": 0, "stream": None}
     with pytest.raises(DeviceError):
-        device_array("numpy", 0, (1,), np.dtype("f4"), **arguments)
+        device_array("numpy", view_of(), None)
     with pytest.raises(InputError, match="framework 'tinygrad'"):
-        device_array("tinygrad", 1 << 40, (1,), np.dtype("f4"), **arguments)
+        device_array("tinygrad", view_of(), None)
     with pytest.raises(InputError, match="dtype complex64"):
-        device_array("dlpack", 1 << 40, (1,), np.dtype("c8"), **arguments)
+        device_array("dlpack", view_of(dtype="c8"), None)
 
 
 class CudaStream:
@@ -378,7 +381,7 @@ class Producer:
 
 @pytest.mark.parametrize(("stream", "asked"), [(None, None), (0, 1), (1, 1), (77, 77)])
 def test_import_asks_for_our_stream(stream, asked):
-    array = device_array("dlpack", 1 << 40, (2,), np.dtype("f4"), owner=None, device=0, stream=None)
+    array = device_array("dlpack", view_of(), None)
     assert import_array(Producer(array, asked), "x", stream=stream).ptr == 1 << 40
     host = np.ones(3)  # a CPU producer is not asked for a stream
     assert import_array(Producer(host, None), "x", stream=stream).ptr == host.ctypes.data

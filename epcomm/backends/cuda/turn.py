@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, StreamRef, device_array, require, to_host
+from epcomm.arrays import ArrayView, StreamRef, array_spec, device_array, require, to_host
 from epcomm.arrays.streams import order
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.streams import StreamEvent
-from epcomm.dlpack import CUDA, compact_strides
-from epcomm.errors import DeviceError, InputError
+from epcomm.dlpack import CUDA
+from epcomm.errors import InputError
 from epcomm.event import EventOverlap
 from epcomm.memory import Block
 
@@ -70,14 +69,7 @@ class CudaTurn:
 
     def check(self, view: ArrayView, name: str, **demands: Any) -> None:
         """`require` on this rank's GPU."""
-        require(view, name, device="cuda", **demands)
-        if view.device[1] != self._job.device:
-            raise DeviceError(
-                name,
-                got=f"an array on cuda:{view.device[1]}",
-                wanted=f"one on cuda:{self._job.device}, the device of this Buffer",
-                do="move the array, or construct the Buffer with device=",
-            )
+        require(view.spec, name, place=self._job.device, **demands)
 
     def take(self, view: ArrayView) -> ArrayView:
         return view
@@ -117,7 +109,10 @@ class CudaTurn:
         """The same memory with its last two axes exchanged."""
         *rest, rows, columns = array.shape
         *steps, row_step, column_step = array.strides
-        return replace(array, shape=(*rest, columns, rows), strides=(*steps, column_step, row_step))
+        spec = array_spec(
+            "", (*rest, columns, rows), (*steps, column_step, row_step), array.dtype, (CUDA, self._job.device)
+        )
+        return ArrayView(spec, array.ptr, array.owner)
 
     def use_outputs_of(self, earlier: CudaTurn) -> None:
         """This call fills what `earlier` has allocated."""
@@ -139,16 +134,7 @@ class CudaTurn:
             ready: int | None = self.stream
         else:
             ready = None if self._is_async else self._callers
-        return device_array(
-            framework,
-            array.ptr,
-            array.shape,
-            array.dtype,
-            owner=array.owner,
-            device=array.device[1],
-            stream=ready,
-            strides=None if array.contiguous else array.strides,
-        )
+        return device_array(framework, array, ready)
 
     def finish(self, inputs: object) -> EventOverlap:
         """The call is launched: order the caller's stream behind it, or make the event by which the caller does."""
@@ -174,4 +160,4 @@ class _Memory(Protocol):
 
 def output(block: _Memory, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> ArrayView:
     """A row-major array in `block`, which it keeps alive."""
-    return ArrayView("", block.ptr + offset, shape, compact_strides(shape), dtype, (CUDA, device), False, block)
+    return ArrayView(array_spec("", shape, None, dtype, (CUDA, device)), block.ptr + offset, block)

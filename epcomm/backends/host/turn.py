@@ -20,7 +20,7 @@ class HostTurn:
     ref = None
 
     def check(self, view: ArrayView, name: str, **demands: Any) -> None:
-        require(view, name, device="cpu", **demands)
+        require(view.spec, name, place="cpu", **demands)
 
     def take(self, view: ArrayView) -> NDArray[Any]:
         return view.numpy()
