@@ -205,9 +205,13 @@ class Backend(Protocol):
     name: str
 
     def enter(self) -> int | None:
-        """*Local.* Make this rank's GPU current in this thread; what `leave` needs to undo that."""
+        """*Local.* Make this rank's GPU current in this thread; what `leave` needs to undo that, if there is anything.
 
-    def leave(self, before: int | None) -> None:
+        Raises:
+            EpcommError: the device has recorded a failure that broke the Buffer.
+        """
+
+    def leave(self, before: int) -> None:
         """*Local.* Make the device current again that `enter` found."""
 
     def turn(self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool) -> Turn:
@@ -264,10 +268,6 @@ class Backend(Protocol):
 
     def news(self) -> EpcommError | None:
         """*Local.* What the device has recorded since the last look; a failure stays."""
-
-    @property
-    def failed(self) -> bool:
-        """*Local.* Whether the device has recorded a failure that broke the Buffer."""
 
     def comm_stream(self) -> StreamRef | None:
         """*Local.* The communication stream, None on the host backend."""

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from epcomm.errors import (
 )
 from epcomm.event import EventOverlap
 
-__all__ = ["BufferCore"]
+__all__ = ["BufferCore", "Entry"]
 
 _Request = TypeVar("_Request")
 _ids = itertools.count()
@@ -48,8 +48,24 @@ _COUNTERS = (
 )
 
 
-class _Entry:
-    """One call of a Buffer, from its admission to its end. A class, because every call makes one."""
+_num_forks = 0  # that lie between the first process of Python's and this one
+
+
+def _note_fork() -> None:
+    global _num_forks
+    _num_forks += 1
+
+
+os.register_at_fork(after_in_child=_note_fork)  # asking the system for the process in each call takes longer
+
+
+class Entry:
+    """One call of a Buffer, from its admission to its end; a timeout or an interrupt inside breaks the Buffer for good.
+
+    Raises:
+        ForkedProcess, ConcurrentUse, BufferDestroyed, BufferBroken: the Buffer cannot be used here and now.
+        EpcommError: what the device has recorded.
+    """
 
     __slots__ = ("_buffer", "_device_before", "_operation")
 
@@ -57,7 +73,24 @@ class _Entry:
         self._buffer, self._operation = buffer, operation
 
     def __enter__(self) -> None:
-        self._device_before = self._buffer._enter(self._operation)
+        buffer, operation = self._buffer, self._operation
+        if buffer._num_forks != _num_forks:
+            raise ForkedProcess(
+                operation,
+                got=f"a Buffer of process {buffer._pid} in process {os.getpid()}",
+                do="make a Buffer after the fork, or start processes with 'spawn'",
+            )
+        if not buffer._entry.acquire(False):
+            raise ConcurrentUse(
+                operation, got="a second call while one is running", wanted="one thread at a time in a Buffer"
+            )
+        try:
+            if buffer._destroyed or buffer._broken is not None:
+                buffer._refuse(operation)
+            self._device_before = buffer._backend.enter()
+        except BaseException as error:
+            buffer._leave(error, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,7 +141,7 @@ class BufferCore(Tuning):
         self._counters = Counter(dict.fromkeys(_COUNTERS, 0))
         self._recorded: list[EpcommError] = []
         self._broken: BaseException | None = None
-        self._pid = os.getpid()
+        self._pid, self._num_forks = os.getpid(), _num_forks
         self._entry = threading.Lock()
         self._destroyed = False
 
@@ -150,42 +183,19 @@ class BufferCore(Tuning):
 
     # -- guard --------------------------------------------------------------------------------------------------
 
-    def _entered(self, operation: str) -> _Entry:
-        """Admit one call at a time of a usable Buffer; a timeout or an interrupt inside breaks it for good."""
-        return _Entry(self, operation)
+    def _refuse(self, operation: str) -> NoReturn:
+        if self._destroyed:
+            raise BufferDestroyed(operation, got="a destroyed Buffer", do="make a new one on all ranks")
+        raise BufferBroken(
+            operation,
+            got=f"a Buffer that {type(self._broken).__name__} left out of step",
+            do="destroy it; make a new one on all ranks once the cause is removed",
+        ) from self._broken
 
-    def _enter(self, operation: str) -> int | None:
-        if os.getpid() != self._pid:
-            raise ForkedProcess(
-                operation,
-                got=f"a Buffer of process {self._pid} in process {os.getpid()}",
-                do="make a Buffer after the fork, or start processes with 'spawn'",
-            )
-        if not self._entry.acquire(blocking=False):
-            raise ConcurrentUse(
-                operation, got="a second call while one is running", wanted="one thread at a time in a Buffer"
-            )
+    def _leave(self, error: BaseException | None, device_before: int | None) -> None:
         try:
-            if self._destroyed:
-                raise BufferDestroyed(operation, got="a destroyed Buffer", do="make a new one on all ranks")
-            if self._broken is not None:
-                raise BufferBroken(
-                    operation,
-                    got=f"a Buffer that {type(self._broken).__name__} left out of step",
-                    do="destroy it; make a new one on all ranks once the cause is removed",
-                ) from self._broken
-            if self._backend.failed:
-                failure = self._backend.news()
-                assert failure is not None
-                raise failure
-            return self._backend.enter()
-        except BaseException as error:
-            self._leave(error)
-            raise
-
-    def _leave(self, error: BaseException | None, device_before: int | None = None) -> None:
-        try:
-            self._backend.leave(device_before)
+            if device_before is not None:
+                self._backend.leave(device_before)
             if error is None or self._broken is not None:
                 return
             if isinstance(error, PeerTimeout | BootstrapError | KeyboardInterrupt) or self._backend.interrupted():
@@ -232,7 +242,7 @@ class BufferCore(Tuning):
             PeerError, RankMismatch: a call that waits for no counts was rejected by a rank; it moved no rows.
             PeerTimeout: ranks did not take part; the Buffer is broken.
         """
-        with self._entered("check"):
+        with Entry(self, "check"):
             recorded, self._recorded = self._recorded, []
             if recorded:
                 raise recorded[0]
@@ -264,7 +274,7 @@ class BufferCore(Tuning):
         Raises:
             PeerTimeout: a rank did not come; with CUDA the next call or `check` raises it.
         """
-        with self._entered("barrier"):
+        with Entry(self, "barrier"):
             turn = self._turn(None, None, stream)
             self._backend.barrier(turn)
             turn.finish(None)
@@ -283,7 +293,7 @@ class BufferCore(Tuning):
             DtypeError: `x` is no array.
             InputError: `stream` is none.
         """
-        with self._entered("record_stream"):
+        with Entry(self, "record_stream"):
             self._backend.record_stream(import_array(x, "x"), stream)
 
     def get_comm_stream(self) -> Any:
@@ -315,7 +325,7 @@ class BufferCore(Tuning):
         Raises:
             ShapeError: the region is too small.
         """
-        with self._entered("get_local_buffer_tensor"):
+        with Entry(self, "get_local_buffer_tensor"):
             framework = "torch" if type(dtype).__module__ == "torch" else "numpy"
             element = numpy_dtype(dtype)
             num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
@@ -351,7 +361,7 @@ class BufferCore(Tuning):
         Waits for no other rank; on CUDA for this rank's own kernels, whose waits are bounded. Arrays that were returned
         stay valid. Peers that are waiting for this rank raise PeerTimeout.
         """
-        if not self._destroyed and os.getpid() == self._pid:
+        if not self._destroyed and self._num_forks == _num_forks:
             self._destroyed = True
             self._backend.close()
 
@@ -370,6 +380,6 @@ class BufferCore(Tuning):
 
     def __del__(self) -> None:
         # Nothing may wait, lock or call a driver here: this runs in any thread, at any time.
-        if not getattr(self, "_destroyed", True) and os.getpid() == self._pid:
+        if not getattr(self, "_destroyed", True) and self._num_forks == _num_forks:
             self._destroyed = True
             self._backend.drop(is_expected=not self._explicitly_destroy)

@@ -8,6 +8,7 @@ from typing import Any
 from epcomm.arrays import framework_of
 from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable, Turn
 from epcomm.buffer.arguments import writable_framework
+from epcomm.buffer.core import Entry
 from epcomm.buffer.low_latency_arguments import (
     check_pre_reduce,
     low_latency_combine_request,
@@ -82,7 +83,7 @@ class LowLatencyOperations(LowLatencyMasks):
             InputError, PeerError, RankMismatch, PeerTimeout: as in ``Buffer.dispatch``; on CUDA those of other ranks
                 come from `check`, and no row is moved.
         """
-        with self._entered("low_latency_dispatch"):
+        with Entry(self, "low_latency_dispatch"):
             turn = self._turn(Rejectable.LOW_LATENCY_DISPATCH, x, None, None, async_finish)
 
             def prepare() -> LowLatencyDispatchRequest:
@@ -178,7 +179,7 @@ class LowLatencyOperations(LowLatencyMasks):
             HandleError, RingFull, BufferStateError, InputError, PeerError, RankMismatch, PeerTimeout: as in
                 `low_latency_dispatch`.
         """
-        with self._entered("low_latency_combine"):
+        with Entry(self, "low_latency_combine"):
             turn = self._turn(Rejectable.LOW_LATENCY_COMBINE, x, None, None, async_finish)
 
             def prepare() -> LowLatencyCombineRequest:
@@ -229,7 +230,7 @@ class LowLatencyOperations(LowLatencyMasks):
             InputError: the first call of a size under capture.
             CapacityError: no room on the GPU.
         """
-        with self._entered("get_next_low_latency_combine_buffer"):
+        with Entry(self, "get_next_low_latency_combine_buffer"):
             self._check_mode()
             framework = handle.framework if isinstance(handle, LowLatencyHandle) else None
             turn = self._backend.turn(framework, None, None, False)
@@ -248,7 +249,7 @@ class LowLatencyOperations(LowLatencyMasks):
         Raises:
             ShapeError: a size below 1, or a Buffer whose `num_rdma_bytes` was given and is too small for these.
         """
-        with self._entered("clean_low_latency_buffer"):
+        with Entry(self, "clean_low_latency_buffer"):
             hint = low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, self.group_size, num_experts)
             if 0 < self.num_rdma_bytes < hint:
                 raise ShapeError(
@@ -290,7 +291,7 @@ class LowLatencyOperations(LowLatencyMasks):
         pending = [(receive, request)]
 
         def hook() -> None:
-            with self._entered(f"{operation} hook"):
+            with Entry(self, f"{operation} hook"):
                 if pending:
                     later = self._backend.turn(framework, None, None, False)
                     receive, request = pending.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from epcomm.buffer.core import BufferCore
+from epcomm.buffer.core import BufferCore, Entry
 from epcomm.buffer.low_latency_arguments import writable_masks
 from epcomm.errors import InputError
 
@@ -24,7 +24,7 @@ class LowLatencyMasks(BufferCore):
             UnsupportedOption: masking, with ranks that share no memory.
             PeerTimeout: bringing back, a rank did not call.
         """
-        with self._entered("low_latency_update_mask_buffer"):
+        with Entry(self, "low_latency_update_mask_buffer"):
             if not 0 <= rank_to_mask < self.group_size or (mask and rank_to_mask == self.rank):
                 raise InputError("rank_to_mask", got=repr(rank_to_mask), wanted="another rank of this Buffer")
             self._check_mode()
@@ -37,7 +37,7 @@ class LowLatencyMasks(BufferCore):
 
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
         """Write 1 for every masked rank and 0 for the others into `mask_status`, int32 ``[R]``. Not collective."""
-        with self._entered("low_latency_query_mask_buffer"):
+        with Entry(self, "low_latency_query_mask_buffer"):
             self._check_mode()
             turn = self._turn(None, mask_status)
             status = writable_masks(turn, mask_status, self.group_size)
@@ -50,7 +50,7 @@ class LowLatencyMasks(BufferCore):
         Raises:
             PeerTimeout: a rank did not call.
         """
-        with self._entered("low_latency_clean_mask_buffer"):
+        with Entry(self, "low_latency_clean_mask_buffer"):
             self._check_mode()
             turn = self._turn(None, None)
             self._backend.unmask(turn, list(range(self.group_size)))

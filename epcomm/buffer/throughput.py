@@ -8,7 +8,7 @@ from epcomm.arrays import framework_of
 from epcomm.backends import DispatchRequest, Rejectable, Turn
 from epcomm.backends.protocol import DispatchOutcome
 from epcomm.buffer.arguments import check_num_experts, combine_dtype, topk_indices, writable_framework
-from epcomm.buffer.core import BufferCore
+from epcomm.buffer.core import BufferCore, Entry
 from epcomm.buffer.throughput_arguments import combine_request, dispatch_handle, dispatch_request
 from epcomm.config import Config
 from epcomm.event import EventOverlap
@@ -59,7 +59,7 @@ class ThroughputOperations(BufferCore):
             ShapeError, DtypeError, LayoutError, DeviceError: `topk_idx` or `num_experts` cannot be used.
             RoutingError: with ``EPCOMM_CHECK=1``, an index out of range or repeated in a row.
         """
-        with self._entered("get_dispatch_layout"):
+        with Entry(self, "get_dispatch_layout"):
             turn = self._turn(None, topk_idx, stream, previous_event, async_finish)
             check_num_experts(num_experts, self.group_size)
             view = topk_indices(turn, topk_idx, None, num_experts, self._check_routing)
@@ -136,7 +136,7 @@ class ThroughputOperations(BufferCore):
         A call that does not block the host raises the errors of this rank; those of the others, and timeouts, come from
         `check` (a timeout from the next call, too).
         """
-        with self._entered("dispatch"):
+        with Entry(self, "dispatch"):
             operation = Rejectable.DISPATCH if handle is None else Rejectable.CACHED_DISPATCH
             turn = self._turn(operation, x, stream, previous_event, async_finish)
             request = self._prepared(
@@ -256,7 +256,7 @@ class ThroughputOperations(BufferCore):
             InputError, PeerError, RankMismatch, PeerTimeout, CapacityError: as in `dispatch`; on CUDA as in one that
                 does not block the host.
         """
-        with self._entered("combine"):
+        with Entry(self, "combine"):
             turn = self._turn(Rejectable.COMBINE, x, stream, previous_event, async_finish)
             request = self._prepared(
                 turn,
@@ -309,7 +309,7 @@ class ThroughputOperations(BufferCore):
             ImmutableArray: a JAX handle. Pass an ordinary array to `combine` there.
             HandleError: the handle of another Buffer.
         """
-        with self._entered("get_combine_buffer"):
+        with Entry(self, "get_combine_buffer"):
             turn = self._backend.turn(
                 handle.framework if isinstance(handle, DispatchHandle) else None, None, None, False
             )

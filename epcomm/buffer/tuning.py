@@ -59,8 +59,8 @@ class Tuning:
 
         The tables' own number, which nobody has chosen, gives way to an equal part of a GPU that ranks share.
         """
-        wanted: int = config.num_sms if isinstance(config, Config) else Tuning.num_sms
-        if Tuning._num_sms_chosen or wanted != Tuning.num_sms:
-            return self._backend.num_sms(wanted)
-        default = self._backend.num_sms(None)
-        return min(wanted, default) if isinstance(config, Config) else default
+        if not isinstance(config, Config):
+            return self._backend.num_sms(Tuning.num_sms if Tuning._num_sms_chosen else None)
+        if Tuning._num_sms_chosen or config.num_sms != Tuning.num_sms:
+            return self._backend.num_sms(config.num_sms)
+        return min(config.num_sms, self._backend.num_sms(None))

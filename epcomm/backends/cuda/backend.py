@@ -77,10 +77,17 @@ class CudaBackend:
         self._num_dropped = 0
 
     def enter(self) -> int | None:
-        return self._job.enter_device()
+        job = self._job
+        if job.page.failed:
+            raise job.page.error()
+        before: int = job.runtime.getDevice()
+        if before == job.device:
+            return None
+        job.runtime.setDevice(job.device)
+        return before
 
-    def leave(self, before: int | None) -> None:
-        self._job.leave_device(before)
+    def leave(self, before: int) -> None:
+        self._job.runtime.setDevice(before)
 
     def turn(
         self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool
@@ -190,7 +197,7 @@ class CudaBackend:
         # Sends that nobody received have come one call further.
         everyone = np.array(job.comm.allgather(own.tolist()))
         low.resume(turn.stream, (everyone.max(axis=0) + 1).tolist(), ranks)
-        job.cupy.cuda.runtime.streamSynchronize(turn.stream)
+        job.runtime.streamSynchronize(turn.stream)
         job.comm.barrier()
 
     def stats(self) -> dict[str, int]:
@@ -238,10 +245,6 @@ class CudaBackend:
             return contradiction()
         rejecting = {rank: ELSEWHERE for rank, code in enumerate(status) if code}
         return PeerError(what, rejecting) if rejecting else _disagreement(what, DISPATCH, agreed)
-
-    @property
-    def failed(self) -> bool:
-        return self._job.page.failed
 
     def comm_stream(self) -> StreamRef:
         streams = self._job.streams

@@ -93,7 +93,7 @@ def _offset_in_arena(job: Job, turn: CudaTurn, array: ArrayView, copies: list[Bl
     if block is None:
         return None
     copies.append(block)
-    runtime = job.cupy.cuda.runtime
+    runtime = job.runtime
     runtime.memcpyAsync(block.ptr, array.ptr, num_bytes, runtime.memcpyDeviceToDevice, turn.stream)
     return (job.arena_offset + block.offset) // UNIT
 

@@ -67,6 +67,7 @@ class Job:
     def __init__(self, comm: Communicator, topology: Topology, settings: Settings) -> None:
         check_topology(comm, topology)
         self.cupy = cupy = load_cupy()
+        self.runtime = cupy.cuda.runtime
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.in_process = isinstance(comm, LocalCommunicator) and comm.size > 1
         self.device = device = agree_on_device(comm, cupy, topology, settings.device)
@@ -108,8 +109,8 @@ class Job:
         assert scratch is not None  # that pool grows
         self._scratch = scratch
         # Not in the default stream: kernels of other ranks of this process may be waiting for this one.
-        self.cupy.cuda.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own)
-        self.cupy.cuda.runtime.streamSynchronize(self.streams.own)
+        self.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own)
+        self.runtime.streamSynchronize(self.streams.own)
         self.launch = Launcher(cubins, architecture, self.device, self._scratch.ptr)
 
     def _share_memory(self, cubins: Mapping[Program, bytes], settings: Settings) -> None:
@@ -130,22 +131,6 @@ class Job:
             area = Area(area_offset, settings.num_low_latency_bytes, self.size)
             kernels = LowLatencyLauncher(cubins, self.device, fixed)
             self._low_latency = LowLatency(self.comm, self.device, area, kernels, settings.masks_on_timeout, timeout_s)
-
-    # -- device ---------------------------------------------------------------------------------------------------
-
-    def enter_device(self) -> int | None:
-        """Make the GPU current in this thread; the device that was, if that is another one."""
-        runtime = self.cupy.cuda.runtime
-        before = int(runtime.getDevice())
-        if before == self.device:
-            return None
-        runtime.setDevice(self.device)
-        return before
-
-    def leave_device(self, before: int | None) -> None:
-        """Undo `enter_device`."""
-        if before is not None:
-            self.cupy.cuda.runtime.setDevice(before)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

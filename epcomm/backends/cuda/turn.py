@@ -139,7 +139,7 @@ class CudaTurn:
     def finish(self, inputs: object) -> EventOverlap:
         """The call is launched: order the caller's stream behind it, or make the event by which the caller does."""
         if self._hides_end:
-            self._job.cupy.cuda.runtime.streamSynchronize(self.stream)
+            self._job.runtime.streamSynchronize(self.stream)
         if self._is_async:
             event = StreamEvent(self.stream, self._framework, self._job.device, self._blocks)
             if not self.is_captured:  # who replays a graph keeps its inputs

@@ -102,7 +102,6 @@ class HostBackend:
     """
 
     name = "host"
-    failed = False
 
     def __init__(self, comm: Communicator, topology: Topology, timeout_s: float, mask_on_timeout: bool) -> None:
         store = _choose_store(comm)
@@ -128,7 +127,7 @@ class HostBackend:
     def enter(self) -> None:
         return None
 
-    def leave(self, before: int | None) -> None:
+    def leave(self, before: int) -> None:
         pass
 
     def turn(
