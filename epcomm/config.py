@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from epcomm.errors import ShapeError
 
 __all__ = [
     "COMBINE_LANES",
+    "LANE_PARTS",
+    "MAX_LOW_LATENCY_PIECE",
     "NUM_LOW_LATENCY_SLOTS",
     "Config",
+    "LowLatencyNeed",
+    "LowLatencyPieces",
     "combine_config",
     "dispatch_config",
     "low_latency_bytes",
-    "low_latency_combine_offset",
+    "low_latency_combine_need",
+    "low_latency_combine_pieces",
+    "low_latency_dispatch_need",
+    "low_latency_dispatch_pieces",
+    "low_latency_lanes",
     "low_latency_row_stride",
-    "low_latency_rows_offset",
     "low_latency_size_hint",
 ]
 
@@ -145,29 +153,82 @@ def combine_config(num_ranks: int, num_sms: int) -> Config:
 
 
 # The low-latency area of a rank has two slots of each kind, of equal lanes: a dispatch has one for each rank, and a
-# combine has as many as there are choices of a token in the hint.
+# combine has as many as there are choices of a token in the hint. Of each lane one part in 32 holds cells, the words
+# that say what has arrived, and the others hold rows.
 NUM_LOW_LATENCY_SLOTS = 2
 COMBINE_LANES = 10
-_LANE_UNIT = 128  # bytes
+LANE_PARTS = 32
+_LANE_UNIT = 128  # bytes; rows start at multiples of it
+_CELL_BYTES = 8
+_COLUMN_BYTES = 512  # that a warp moves at once: 16 a lane
+_WANTED_PIECES = 512  # of all tokens, so that many warps have something to do
+
+
+class LowLatencyPieces(NamedTuple):
+    """How low-latency rows are cut: the same on all ranks."""
+
+    piece_bytes: int
+    num_pieces: int
+
+
+def low_latency_pieces(row_bytes: int, num_max_dispatch_tokens_per_rank: int, max_piece: int) -> LowLatencyPieces:
+    """Pieces of multiples of 512 bytes, at most `max_piece` and the last one shorter: many where there are few rows."""
+    most = -(-row_bytes // _COLUMN_BYTES)
+    wanted = max(-(-row_bytes // max_piece), min(most, -(-_WANTED_PIECES // num_max_dispatch_tokens_per_rank)))
+    piece = _round_up(-(-row_bytes // wanted), _COLUMN_BYTES)
+    return LowLatencyPieces(piece, -(-row_bytes // piece))
+
+
+MAX_LOW_LATENCY_PIECE = 4096  # bytes of bfloat16, before a cast
+
+
+def low_latency_dispatch_pieces(hidden: int, max_tokens: int, use_fp8: bool) -> LowLatencyPieces:
+    """Pieces of a row of a dispatch as it travels, without its scales."""
+    if use_fp8:
+        return low_latency_pieces(hidden, max_tokens, MAX_LOW_LATENCY_PIECE // 2)
+    return low_latency_pieces(2 * hidden, max_tokens, MAX_LOW_LATENCY_PIECE)
+
+
+def low_latency_combine_pieces(hidden: int, max_tokens: int) -> LowLatencyPieces:
+    """Pieces of a row of a combine."""
+    return low_latency_pieces(2 * hidden, max_tokens, MAX_LOW_LATENCY_PIECE)
 
 
 def low_latency_row_stride(hidden: int, use_fp8: bool) -> int:
-    """Bytes between staged rows of a low-latency dispatch; with fp8 their scales lie behind them."""
+    """Bytes between rows of a low-latency dispatch on their way; with fp8 their scales lie behind them."""
     return _round_up(hidden + 4 * -(-hidden // 128) if use_fp8 else 2 * hidden, _LANE_UNIT)
 
 
-def low_latency_rows_offset(num_max_dispatch_tokens_per_rank: int, num_local_experts: int) -> int:
-    """Bytes before the rows in a lane of a low-latency dispatch.
+class LowLatencyNeed(NamedTuple):
+    """Bytes that a call takes of a lane."""
 
-    A bit for each token and expert, an int32 for each expert, and one more.
-    """
-    words = -(-num_max_dispatch_tokens_per_rank // 32)
-    return _round_up(4 * (num_local_experts * (words + 1) + 1), _LANE_UNIT)
+    rows: int
+    cells: int
 
 
-def low_latency_combine_offset(num_experts: int) -> int:
-    """Bytes before the rows in a slot of a low-latency combine: an int32 for each expert."""
-    return _round_up(4 * num_experts, _LANE_UNIT)
+def low_latency_dispatch_need(
+    max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int, use_fp8: bool
+) -> LowLatencyNeed:
+    """Of a dispatch: cells for the counts, the headers and the pieces."""
+    num_pieces = low_latency_dispatch_pieces(hidden, max_tokens, use_fp8).num_pieces
+    cells = -(-num_experts // num_ranks) + 1 + max_tokens * (1 + num_topk + num_pieces)
+    return LowLatencyNeed(max_tokens * low_latency_row_stride(hidden, use_fp8), _CELL_BYTES * cells)
+
+
+def low_latency_combine_need(
+    max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int, pre_reduce: bool
+) -> LowLatencyNeed:
+    """Of a combine, which has `COMBINE_LANES`: cells for the first rows at each expert, the pieces, and weights."""
+    rows = max_tokens * num_topk
+    cells = num_experts + rows * low_latency_combine_pieces(hidden, max_tokens).num_pieces
+    if pre_reduce:
+        cells += num_ranks * rows
+    return LowLatencyNeed(-(-rows * 2 * hidden // COMBINE_LANES), -(-_CELL_BYTES * cells // COMBINE_LANES))
+
+
+def low_latency_lanes(num_ranks: int) -> int:
+    """Lanes of an area."""
+    return NUM_LOW_LATENCY_SLOTS * (num_ranks + COMBINE_LANES)
 
 
 def low_latency_bytes(
@@ -177,24 +238,28 @@ def low_latency_bytes(
     num_experts: int,
     *,
     num_topk: int = COMBINE_LANES,
-    use_fp8: bool = False,
 ) -> int:
-    """Bytes of an area in which a dispatch of such rows, and a combine of so many choices a token, have room."""
+    """Bytes of an area in which dispatches and combines of such sizes have room."""
     tokens = num_max_dispatch_tokens_per_rank
-    before = low_latency_rows_offset(tokens, -(-num_experts // num_ranks))
-    dispatch = before + tokens * low_latency_row_stride(hidden, use_fp8)
-    combine = low_latency_combine_offset(num_experts) + tokens * num_topk * 2 * hidden
-    lane = _round_up(max(dispatch, -(-combine // COMBINE_LANES)), _LANE_UNIT)
-    return NUM_LOW_LATENCY_SLOTS * (num_ranks + COMBINE_LANES) * lane
+    needs = [low_latency_dispatch_need(tokens, hidden, num_ranks, num_experts, num_topk, fp8) for fp8 in (False, True)]
+    needs.append(low_latency_combine_need(tokens, hidden, num_ranks, num_experts, num_topk, pre_reduce=True))
+    part = max(
+        max(-(-_round_up(need.rows, _LANE_UNIT) // (LANE_PARTS - 1)) for need in needs),
+        max(need.cells for need in needs),
+    )
+    return low_latency_lanes(num_ranks) * LANE_PARTS * _round_up(part, _LANE_UNIT)
 
 
 def low_latency_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int) -> int:
     """Bytes for ``num_rdma_bytes`` of a low-latency Buffer, for up to 10 choices a token.
 
-    Formula: ``2 slots * (num_ranks + 10) * lane``, where a lane holds ``num_max_dispatch_tokens_per_rank`` rows of
-    ``max(2 * hidden, hidden + 4 * ceil(hidden / 128))`` bytes (bfloat16, or fp8 with scales), rounded up to 128, and
-    beside them a bit for each token and local expert and 4 bytes for each expert; rounded up to 2 MiB. A dispatch takes
-    one lane for each rank, a combine one for each choice of a token; with more than 10 choices in proportion more.
+    Formula, with M = ``num_max_dispatch_tokens_per_rank``: ``2 slots * (num_ranks + 10) * lane``, where 31 parts in 32
+    of a lane hold M rows of ``max(2 * hidden, hidden + 4 * ceil(hidden / 128))`` bytes (bfloat16, or fp8 with scales),
+    rounded up to 128. The last part, which decides where rows are short, holds 8 bytes for each local expert and
+    ``8 * (11 + pieces)`` for each token of a dispatch, or for each token of a combine ``8 * (num_ranks + pieces)``, and
+    8 bytes for every tenth expert; pieces of a row have up to 4 KiB, and there are about 512 / M of them if M is small.
+    A dispatch takes one lane for each rank, a combine one for each choice of a token; with more than 10 choices in
+    proportion more. Rounded up to 2 MiB.
     """
     for name, value in (
         ("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank),
@@ -204,5 +269,4 @@ def low_latency_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, nu
     ):
         if value < 1:
             raise ShapeError(name, got=str(value), wanted="at least 1")
-    sizes = (num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
-    return _round_up(max(low_latency_bytes(*sizes, use_fp8=use_fp8) for use_fp8 in (False, True)), 2 * _MIB)
+    return _round_up(low_latency_bytes(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts), 2 * _MIB)

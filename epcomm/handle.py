@@ -91,6 +91,14 @@ class _Handle:
     _LEAVES: tuple[str, ...]
     _has_travelled: ClassVar[bool] = False  # True in a handle that JAX has put together
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """A handle with these fields, all of them, which it keeps. One by one, as a frozen class sets its fields, they
+        would take five times as long, in every call."""
+        handle = cls.__new__(cls)
+        object.__setattr__(handle, "__dict__", values)
+        return handle
+
     def _positions(self) -> tuple[Callable[[], Any], ...]:
         raise TypeError(f"{type(self).__name__} has no positions")
 
@@ -249,9 +257,11 @@ class LowLatencyHandle(_Handle):
         num_max_dispatch_tokens_per_rank, hidden, num_experts, num_tokens: sizes.
         buffer_id: id of the Buffer that made the handle.
         framework: the framework in which indexing returns arrays.
-        send_pos: int32 ``[T, K]`` on the CUDA backend: the number of each of this rank's rows among those that it
-            sends, by expert, then token, or -1; else None.
-        send_begin: int32 ``[L, R]`` on the CUDA backend: that number of the first row from each source rank; else None.
+        send_info: int32 ``[T, K, 2]`` on the CUDA backend: the expert of each choice, and the index of the row among
+            those of this rank there; -1 where nothing was sent. Else None.
+        messages: int32 ``[R, max_tokens, 1 + K]`` on the CUDA backend: what came with each token, see
+            ``cuda_src/sync/message.cuh``; else None.
+        num_messages: int32 ``[R]`` on the CUDA backend: tokens received from each rank; else None.
         stream: the CUDA stream in which the dispatch ran; None on the host backend.
     """
 
@@ -263,11 +273,12 @@ class LowLatencyHandle(_Handle):
     buffer_id: int
     num_tokens: int
     framework: str
-    send_pos: Any = None
-    send_begin: Any = None
+    send_info: Any = None
+    messages: Any = None
+    num_messages: Any = None
     stream: StreamRef | None = None
 
-    _LEAVES = ("src_info", "recv_ranges", "send_pos", "send_begin")
+    _LEAVES = ("src_info", "recv_ranges", "send_info", "messages", "num_messages")
 
     @property
     def layout_range(self) -> Any:

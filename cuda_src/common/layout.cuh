@@ -43,6 +43,9 @@ enum Verdict : uint32_t {
     kNoRoom = 2,   // a rank gets more rows than it has room for: the host makes room and launches another one
 };
 
+// What a call adds to a counter, a part by each of its blocks: the quotient counts calls of which all blocks have ended.
+inline constexpr uint64_t kCallUnits = 1ull << 20;
+
 // A window is filled and emptied in as many parts.
 inline constexpr int kWindowParts = 2;
 
@@ -51,21 +54,28 @@ enum Phase : uint32_t { kPhaseCounts = 0, kPhaseEntry = 1, kPhaseDone = 2, kPhas
 
 // Device-private; every rank touches its own only.
 struct State {
-    uint32_t sequence[kNumOperations];  // by Operation: number of the last finished call
-    uint32_t ticket[kNumOperations];    // by Operation: blocks that have finished the present call
-    uint32_t busy;         // an operation is running
+    uint32_t sequence[kLowLatencyDispatch];  // by Operation, without those of low latency: number of the last call
+    uint32_t ticket[kNumOperations];  // by Operation: blocks that have finished the present call
     uint32_t failed;       // the error record is taken
     uint32_t verdict;      // Verdict of the last exchange
     uint32_t filled[2][kWindowParts];  // by Operation - kDispatch: blocks that have filled a part of the windows
     uint32_t taken[2][kWindowParts];   // and that have emptied it
-    uint32_t masked;        // bit r: low-latency calls go without rank r
-    uint32_t unused[4];
-    // By Operation - kLowLatencyDispatch: what block 0 has seen, for the other blocks, where ranks that are late are
-    // left out: {sequence << 32 | ranks that are there}, and {sequence << 32 | those of them whose rows are pulled}.
+    uint32_t masked;       // bit r: low-latency calls go without rank r
+    uint32_t unused;
+    uint64_t entries, exits;  // kCallUnits for each kernel that has begun, and that has ended
+    // Of low latency, by Operation - kLowLatencyDispatch:
+    uint64_t sends[2 * kNumSlots];      // kCallUnits for each send half that has ended
+    uint32_t received[2 * kNumSlots];   // sequence of the last receive half that has begun
+    uint32_t acknowledged[2 * kNumSlots];  // and of the last one that the peers were told of
+    // What block 0 has seen, for the other blocks, where ranks that are late are left out: {sequence << 32 | ranks that
+    // are there}, and {sequence << 32 | those of them whose rows are pulled}.
     uint64_t seen[2 * kNumSlots][2];
-    uint32_t unused2[16];
+    // How many units of work have been taken in the receive half, by parity of the sequence: a call uses one counter, and
+    // clears the other one for the next call.
+    uint32_t taken_units[2 * kNumSlots][2];
+    uint32_t unused2[28];
 };
-static_assert(sizeof(State) == 256);
+static_assert(sizeof(State) == 384);
 
 // One rank's part of an exchange. Cells are {sequence << 32 | value}: the data is the flag.
 struct ExchangeCells {
@@ -132,7 +142,8 @@ struct HostPage {
     uint32_t num_voids;   // exchanges that the host does not wait for, and that went wrong; `void_…` tell why, of the
     uint32_t seen_voids;  // first that the host has not seen: it writes this
     uint32_t num_left_behind;  // low-latency calls in which peers were ahead of this rank, since construction
-    uint32_t unused[18];
+    uint32_t other_choices;    // number of the last low-latency combine whose topk_idx was not that of its dispatch
+    uint32_t unused[17];
     uint32_t tag;           // of the exchange whose result follows; written last
     uint32_t verdict;       // Verdict
     uint32_t num_received;  // rows for this rank

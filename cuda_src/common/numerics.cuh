@@ -81,6 +81,23 @@ template <> __device__ __forceinline__ unsigned int VectorSum<__half>::word(int 
     return *reinterpret_cast<const unsigned int*>(&pair);
 }
 
+// Of two pairs of bfloat16, the larger ones; NaN loses.
+__device__ __forceinline__ unsigned int larger_pair(unsigned int a, unsigned int b) {
+    const __nv_bfloat162 pair =
+        __hmax2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    return *reinterpret_cast<const unsigned int*>(&pair);
+}
+
+// Of 8 bfloat16, the largest magnitudes of those at even and at odd places, as a pair; NaN loses.
+__device__ __forceinline__ unsigned int largest_magnitudes(uint4 v) {
+    constexpr unsigned int kMagnitude = 0x7fff7fffu;
+    return larger_pair(larger_pair(v.x & kMagnitude, v.y & kMagnitude), larger_pair(v.z & kMagnitude, v.w & kMagnitude));
+}
+
+__device__ __forceinline__ float larger_of(unsigned int pair) {
+    return fmaxf(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
 // How a block of channels is cast: q = e4m3(x * factor), and x is about q * scale.
 struct Fp8Scale {
     float factor;
@@ -105,6 +122,13 @@ __device__ __forceinline__ Fp8Scale fp8_scale_pow2(float amax) {
 // Saturating cast to e4m3, to nearest even; NaN stays NaN.
 __device__ __forceinline__ unsigned char to_e4m3(float x, float factor) {
     return __nv_cvt_float_to_fp8(__fmul_rn(x, factor), __NV_SATFINITE, __NV_E4M3);
+}
+
+// Of a pair of bfloat16, in the order of their bytes.
+__device__ __forceinline__ unsigned int pair_to_e4m3(unsigned int bits, float factor) {
+    const float2 pair = {__fmul_rn(__uint_as_float(bits << 16), factor),
+                         __fmul_rn(__uint_as_float(bits & 0xffff0000u), factor)};
+    return __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
 }
 
 }  // namespace epcomm

@@ -32,6 +32,14 @@ __device__ __forceinline__ int sum_to_lane(int value) {
     return value;
 }
 
+// Division of n < 2^31 by a number that only the host knows beforehand. Twin: epcomm/kernels/arguments.py.
+struct Divisor {
+    uint32_t multiplier, shift;
+    __device__ __forceinline__ uint32_t divide(uint32_t n) const {
+        return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
+    }
+};
+
 template <typename T> __device__ __forceinline__ T* pointer(uint64_t address) { return reinterpret_cast<T*>(address); }
 
 __host__ __device__ constexpr uint64_t round_up(uint64_t value, uint64_t unit) {

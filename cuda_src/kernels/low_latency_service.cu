@@ -23,11 +23,15 @@ extern "C" __global__ void __launch_bounds__(kWarp)
     epcomm_low_latency_service(const __grid_constant__ LowLatencyServiceArgs args) {
     const Comm& comm = args.comm;
     const int lane = lane_index();
+    State& state = comm.state();
+    ptx::wait_for_earlier_kernels();
+    acknowledge(comm);
+    __syncwarp();
     if (args.operation != 0) {
-        State& state = comm.state();
-        const uint32_t last = *const_cast<volatile uint32_t*>(&state.sequence[args.operation]);
+        const int slot = args.operation - kLowLatencyDispatch;
+        const uint32_t last = static_cast<uint32_t>(ptx::ld_relaxed_sys(&state.sends[slot]) / kCallUnits);
         const Call call = {static_cast<Operation>(args.operation), last, 0};
-        const uint32_t masked = masked_ranks(comm), *acks = comm.own().slot_ack[args.operation - kLowLatencyDispatch];
+        const uint32_t masked = masked_ranks(comm), *acks = comm.own().slot_ack[slot];
         uint32_t late = 0;
         const bool good = wait_for_ranks(
             comm, call, kPhaseAck,
@@ -39,13 +43,18 @@ extern "C" __global__ void __launch_bounds__(kWarp)
     }
     const uint32_t masked = (masked_ranks(comm) | args.set) & ~args.clear;
     __syncwarp();
-    if (lane == 0) comm.state().masked = masked;
+    if (lane == 0) state.masked = masked;
     for (int i = 0; i < 2 * kNumSlots; ++i) {
-        uint32_t& sequence = comm.state().sequence[kLowLatencyDispatch + i];
-        if (args.sequences != 0 && lane == 0) pointer<uint32_t>(args.sequences)[i] = sequence;
-        if (args.resume[i] == 0) continue;
-        if (lane == 0) sequence = args.resume[i];
-        comm.own().slot_ack[i][lane] = args.resume[i];
+        const uint32_t last = args.resume[i];
+        if (args.sequences != 0 && lane == 0)
+            pointer<uint32_t>(args.sequences)[i] = static_cast<uint32_t>(state.sends[i] / kCallUnits);
+        if (last == 0) continue;
+        if (lane == 0) {
+            state.sends[i] = last * kCallUnits;
+            state.received[i] = state.acknowledged[i] = last;
+            state.taken_units[i][0] = state.taken_units[i][1] = 0;
+        }
+        comm.own().slot_ack[i][lane] = last;
     }
     if (args.masks != 0 && lane < comm.num_ranks) pointer<int32_t>(args.masks)[lane] = masked >> lane & 1;
 }

@@ -7,6 +7,10 @@
 
 namespace epcomm::ptx {
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 __device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* address) {
     uint32_t value;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -65,6 +69,20 @@ __device__ __forceinline__ uint32_t atom_add_relaxed_gpu(uint32_t* address, uint
     return before;
 }
 
+__device__ __forceinline__ uint64_t atom_add_relaxed_gpu(uint64_t* address, uint64_t value) {
+    uint64_t before;
+    asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], %2;"
+                 : "=l"(before)
+                 : "l"(address), "l"(value)
+                 : "memory");
+    return before;
+}
+
+// Nobody waits for it.
+__device__ __forceinline__ void red_add_relaxed_gpu(uint64_t* address, uint64_t value) {
+    asm volatile("red.add.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
 __device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* address) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -80,6 +98,17 @@ __device__ __forceinline__ uint32_t atom_cas_relaxed_gpu(uint32_t* address, uint
     return before;
 }
 
+// Of shared memory, among the threads of a block.
+__device__ __forceinline__ uint32_t ld_acquire_block(const uint32_t* shared) {
+    uint32_t value;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(shared)) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void st_release_block(uint32_t* shared, uint32_t value) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(shared)), "r"(value) : "memory");
+}
+
 // 16 bytes of shared memory by one load; the address is that of `shared_address`.
 __device__ __forceinline__ uint4 ld_shared(uint32_t address) {
     uint4 value;
@@ -88,10 +117,6 @@ __device__ __forceinline__ uint4 ld_shared(uint32_t address) {
                  : "r"(address)
                  : "memory");
     return value;
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }

@@ -8,25 +8,35 @@
 
 namespace epcomm {
 
+// One thread of every block, at entry: whether the Buffer works. The kernels of a Buffer follow each other: block 0 finds
+// that an earlier one has not ended if there are two at a time.
+__device__ inline bool admit(const Comm& comm, const Call& call) {
+    State& state = comm.state();
+    // All are on their way before one is looked at.
+    const uint32_t poison = ptx::ld_relaxed_sys(&comm.own().poison);
+    uint64_t entries = 0, exits = 0;
+    if (blockIdx.x == 0) {
+        exits = ptx::ld_relaxed_sys(&state.exits);
+        entries = ptx::atom_add_relaxed_gpu(&state.entries, kCallUnits);
+    }
+    if (poison != 0) {
+        record_poison(comm, call, kPhaseEntry, 0);
+        return false;
+    }
+    // Other blocks of this kernel may have ended before this one looks: they have added less than a call.
+    if (entries / kCallUnits == exits / kCallUnits) return true;
+    // A replayed graph beside an eager call.
+    record_error(comm, call, kConcurrent, kPhaseEntry, 1u << comm.rank, 0);
+    poison_all(comm);
+    return false;
+}
+
 // All threads. False: the Buffer is broken, and the block returns without touching anything.
 __device__ inline bool begin(const Comm& comm, uint32_t operation, Call& call) {
-    State& state = comm.state();
     call.operation = static_cast<Operation>(operation);
-    call.sequence = *const_cast<volatile uint32_t*>(&state.sequence[operation]) + 1;
+    call.sequence = *const_cast<volatile uint32_t*>(&comm.state().sequence[operation]) + 1;
     call.parity = call.sequence & 1;
-    bool good = true;
-    if (threadIdx.x == 0) {
-        // Both are on their way before either is looked at.
-        good = ptx::ld_relaxed_sys(&comm.own().poison) == 0;
-        const bool was_busy = blockIdx.x == 0 && ptx::atom_cas_relaxed_gpu(&state.busy, 0, 1) != 0;
-        if (!good) record_poison(comm, call, kPhaseEntry, 0);
-        // A second operation of this Buffer at the same time: a replayed graph beside an eager call.
-        if (was_busy) {
-            record_error(comm, call, kConcurrent, kPhaseEntry, 1u << comm.rank, 0);
-            poison_all(comm);
-            good = false;
-        }
-    }
+    const bool good = threadIdx.x != 0 || admit(comm, call);
     return __syncthreads_and(good);
 }
 
@@ -44,20 +54,6 @@ __device__ inline bool is_last_block(const Comm& comm, const Call& call, uint32_
     return __syncthreads_or(is_last);
 }
 
-// As is_last_block, for a block whose thread 0 goes on with a fence and then tells the peers: that fence is also the
-// acquire of the ticket, so the ticket itself needs no order. Each order of an atomic, a store or a fence of system scope
-// costs a round trip, one behind the other.
-__device__ inline bool is_last_to_tell(const Comm& comm, const Call& call, uint32_t num_before = 0) {
-    __syncthreads();
-    bool is_last = false;
-    if (threadIdx.x == 0) {
-        // RELEASE ticket: what the block did, ordered by the barrier above. Pairs with the fence of tell_ranks.
-        ptx::fence_acq_rel_sys();
-        is_last = ptx::atom_add_relaxed_gpu(&comm.state().ticket[call.operation], 1) == num_before + gridDim.x - 1;
-    }
-    return __syncthreads_or(is_last);
-}
-
 // The last block: count the call, if it was one that all ranks make.
 __device__ inline void end(const Comm& comm, const Call& call, bool is_counted = true) {
     __syncthreads();
@@ -65,7 +61,7 @@ __device__ inline void end(const Comm& comm, const Call& call, bool is_counted =
         State& state = comm.state();
         state.ticket[call.operation] = 0;
         if (is_counted) state.sequence[call.operation] = call.sequence;
-        state.busy = 0;
+        ptx::red_add_relaxed_gpu(&state.exits, kCallUnits);
     }
 }
 

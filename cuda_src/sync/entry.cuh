@@ -70,7 +70,7 @@ __device__ inline bool await_entries(const Comm& comm, const Call& call, Entry (
 }
 
 // One warp of one block, when digests differ: tell all ranks the values, and the host those of all ranks.
-__device__ __noinline__ void report_mismatch(const Comm& comm, const Call& call,
+__device__ __noinline__ void report_mismatch(const Comm& comm, Call call,
                                              const uint32_t (&agreed)[kNumEntryAgreed]) {
     const int lane = lane_index();
     if (lane < comm.num_ranks) {

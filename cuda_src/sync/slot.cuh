@@ -1,11 +1,16 @@
 // slot.cuh: how low-latency calls send and receive, in two halves that may be launches of their own.
 //
-// Each rank stages what it sends in the slot of the receiver's low-latency area, and then releases one word there; who
-// has read everything acknowledges with another word, and only then is the slot used again. Words carry the sequence of
-// the slot, so nothing is ever cleaned. A slot belongs to one call at a time; which one that is, the host says, the same
-// on all ranks. Ranks that are masked get nothing but the word kLeftOut, and nobody waits for them.
+// What a rank sends goes to the slot of the receiver's low-latency area: rows, and cells. A cell is {sequence << 32 |
+// value}: the data is its flag, and since a cell is never anything else than a cell of its slot, nothing is ever
+// cleaned. Counts and places travel in cells alone; rows have a cell each that is released behind them. So there is no
+// barrier, neither among the ranks nor among the blocks of one: whoever needs something waits for just that.
+//
+// A rank acknowledges a slot at the start of its next kernel, whichever that is: then it has surely read everything.
+// Only then do its peers write there again. A slot belongs to one call at a time; which one that is, the host says, the
+// same on all ranks. Ranks that are masked get nothing but the word kLeftOut, and nobody waits for them.
 #pragma once
 
+#include "ptx/launch.cuh"
 #include "sync/entry.cuh"
 
 namespace epcomm {
@@ -14,28 +19,88 @@ inline constexpr uint32_t kSend = 1, kReceive = 2;  // halves of a call
 
 // What low-latency argument structs begin with, behind Comm.
 struct SlotArgs {
-    uint64_t offset;     // of the slot in a region
-    uint64_t num_bytes;  // of it
-    uint32_t operation;  // Operation, that of the slot
+    uint64_t rows;        // offset of the slot's rows in a region
+    uint64_t rows_bytes;  // of them
+    uint64_t cells;       // offset of its cells
+    uint32_t operation;   // Operation, that of the slot
     uint32_t halves;
     uint32_t is_rejected;  // this rank's input is bad
     uint32_t leaves_late;  // ranks that do not come in time are masked, and the others go on
-    uint32_t agreed[kNumEntryAgreed];
+    uint32_t digest;       // of `agreed`; its first and its last bit are 0
+    uint32_t unused;
+    uint32_t agreed[kNumEntryAgreed];  // what must be equal on all ranks
 
-    __device__ uint64_t at(const Comm& comm, int rank) const { return comm.region[rank] + offset; }
+    __device__ uint64_t rows_at(const Comm& comm, int rank) const { return comm.region[rank] + rows; }
+    __device__ uint64_t* cells_at(const Comm& comm, int rank) const {
+        return pointer<uint64_t>(comm.region[rank] + cells);
+    }
     __device__ int index() const { return operation - kLowLatencyDispatch; }
+    __device__ bool sends() const { return halves & kSend; }
+    __device__ bool receives() const { return halves & kReceive; }
 };
-static_assert(sizeof(SlotArgs) == 80);
+static_assert(sizeof(SlotArgs) == 96);
 
-// What a receiving block knows of the ranks; in shared memory.
+// What a receiving warp knows of the ranks.
 struct Arrival {
     uint32_t present;  // bit r: rank r has sent; none at all: nothing was sent to anybody
     uint32_t pulling;  // bit r: its rows are to be pulled from where they are
 };
 
+// -- entry and exit ---------------------------------------------------------------------------------------------------
+
+// Of a block, in shared memory.
+struct Opening {
+    uint32_t sequence;
+    uint32_t is_admitted;
+    uint32_t masked;     // bit r: rank r is left out
+    uint32_t reachable;  // bit r: rank r gets something; none at all: the call has failed, or the peers went on
+};
+
+// One thread of every block, when the block has done its part: count the call. The sum of all blocks' parts is one unit.
+__device__ inline void leave(const Comm& comm, const SlotArgs& slot) {
+    const uint64_t part = blockIdx.x == 0 ? kCallUnits - (gridDim.x - 1) : 1;
+    State& state = comm.state();
+    if (slot.sends()) ptx::red_add_relaxed_gpu(&state.sends[slot.index()], part);
+    ptx::red_add_relaxed_gpu(&state.exits, part);
+}
+
+// -- acknowledgements -------------------------------------------------------------------------------------------------
+
+// Whether this block is the one that acknowledges.
+__device__ inline bool acknowledges() { return blockIdx.x == gridDim.x - 1; }
+
+// One warp of that block: tell the peers what earlier kernels have read.
+__device__ __noinline__ void acknowledge(const Comm& comm) {
+    constexpr int kNumWords = 2 * kNumSlots;
+    const int lane = lane_index();
+    State& state = comm.state();
+    uint32_t received = 0, acknowledged = 0;
+    if (lane < kNumWords) {
+        received = *const_cast<volatile uint32_t*>(&state.received[lane]);
+        acknowledged = *const_cast<volatile uint32_t*>(&state.acknowledged[lane]);
+    }
+    const uint32_t news = __ballot_sync(~0u, received != acknowledged);
+    if (news != 0) ptx::fence_acq_rel_sys();
+    for (uint32_t rest = news; rest != 0; rest &= rest - 1) {
+        const int slot = __ffs(rest) - 1;
+        const uint32_t last = __shfl_sync(~0u, received, slot);
+        // RELEASE slot_ack[me] at every rank. Pairs with the ACQUIRE in look_for_room, there.
+        if (lane < comm.num_ranks) ptx::st_relaxed_sys(&comm.of(lane).slot_ack[slot][comm.rank], last);
+    }
+    if (lane < kNumWords) state.acknowledged[lane] = received;
+}
+
+// The same warp, afterwards: what this kernel reads, a later one acknowledges.
+__device__ inline void note_receiving(const Comm& comm, const Call& call, const SlotArgs& slot) {
+    __syncwarp();
+    if (lane_index() != 0 || !slot.receives()) return;
+    State& state = comm.state();
+    state.received[slot.index()] = call.sequence;
+    state.taken_units[slot.index()][(call.sequence + 1) & 1] = 0;
+}
+
 // One warp of any block: leave out `late` ranks from now on. False: this rank itself is among them.
-__device__ inline bool mask_late(const Comm& comm, const Call& call, Phase phase, uint32_t late) {
-    if (late == 0) return true;
+__device__ __noinline__ bool leave_out(const Comm& comm, Call call, Phase phase, uint32_t late) {
     if (late >> comm.rank & 1) {
         if (lane_index() == 0) give_up(comm, call, kTimeout, phase, late, comm.timeout_ns);
         return false;
@@ -44,79 +109,100 @@ __device__ inline bool mask_late(const Comm& comm, const Call& call, Phase phase
     return true;
 }
 
+__device__ inline bool mask_late(const Comm& comm, const Call& call, Phase phase, uint32_t late) {
+    return late == 0 || leave_out(comm, call, phase, late);
+}
+
 __device__ inline uint32_t masked_ranks(const Comm& comm) {
     return *const_cast<volatile uint32_t*>(&comm.state().masked);
 }
 
-// All threads of a block, before they write to slots of peers: wait until everybody is through with what the slot held
-// before. The answer is the ranks that get something, a bit each; 0: the call has failed.
-__device__ inline uint32_t await_room(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t& shared) {
-    if (warp_index() == 0) {
-        const uint32_t masked = masked_ranks(comm);
-        uint32_t late = 0;
-        bool good = wait_for_ranks(
-            comm, call, kPhaseAck,
-            [&](int r) {
-                // ACQUIRE slot_ack[r]. Pairs with the release of acknowledge, there.
-                return (masked >> r & 1) ||
-                       reached(ptx::ld_acquire_sys(&comm.own().slot_ack[slot.index()][r]), call.sequence - 1);
-            },
-            slot.leaves_late ? &late : nullptr);
-        good = good && mask_late(comm, call, kPhaseAck, late);
-        if (lane_index() == 0) shared = good ? ~(masked | late) : 0;
+// Of lane r: what rank r has acknowledged.
+__device__ inline uint32_t look_for_room(const Comm& comm, const SlotArgs& slot) {
+    // ACQUIRE slot_ack[r]. Pairs with the release of acknowledge, there.
+    return lane_index() < comm.num_ranks ? ptx::ld_acquire_sys(&comm.own().slot_ack[slot.index()][lane_index()]) : 0;
+}
+
+// One warp, before anything is written to slots of peers: wait until everybody is through with what the slot held
+// before. `acknowledged`: what an earlier look found. The answer is the ranks that get something, a bit each, or none
+// where the call has failed, or where the peers went on without this rank.
+__device__ inline uint32_t await_room(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t masked,
+                                      uint32_t acknowledged) {
+    uint32_t late = 0;
+    auto ready = [&](int r) {
+        if ((masked >> r & 1) || reached(acknowledged, call.sequence - 1)) return true;
+        acknowledged = look_for_room(comm, slot);
+        return reached(acknowledged, call.sequence - 1);
+    };
+    // Who waits for others must not keep them waiting.
+    if (acknowledges() && !__all_sync(~0u, lane_index() >= comm.num_ranks || reached(acknowledged, call.sequence - 1)))
+        acknowledge(comm);
+    const bool good = wait_for_ranks(comm, call, kPhaseAck, ready, slot.leaves_late ? &late : nullptr);
+    if (!good || !mask_late(comm, call, kPhaseAck, late)) return 0;
+    if (!slot.leaves_late) return ~masked;
+    // Peers that went on without this rank have used the slot for later calls, and it must not disturb these.
+    bool is_behind = false;
+    if (lane_index() < comm.num_ranks) {
+        const uint64_t word = ptx::ld_relaxed_sys(&comm.own().slot_ready[slot.index()][lane_index()]);
+        is_behind = reached(static_cast<uint32_t>(word >> 32), call.sequence + 1);
     }
-    __syncthreads();
-    return shared;
+    return __any_sync(~0u, is_behind) ? 0 : ~(masked | late);
 }
 
-// What this rank comes with: the digest of its values, with the last bit for how its rows travel.
-__device__ inline uint32_t greeting(const SlotArgs& slot, bool is_pulled) {
-    const uint32_t digest = digest_of(slot.agreed) & ~1u;
-    return (digest == kRejected ? 0 : digest) | is_pulled;
+// One warp of every block, before all others do anything that depends on it; a barrier follows.
+__device__ inline void open(const Comm& comm, const SlotArgs& slot, Opening& opening) {
+    State& state = comm.state();
+    Call call = {static_cast<Operation>(slot.operation), 0, 0};
+    // All is on its way before any of it is looked at.
+    const uint64_t sends = ptx::ld_relaxed_sys(&state.sends[slot.index()]);
+    const uint32_t masked = masked_ranks(comm);
+    bool good = true;
+    if (lane_index() == 0) good = admit(comm, call);
+    const uint32_t acknowledged = slot.sends() ? look_for_room(comm, slot) : 0;
+    good = __all_sync(~0u, good);
+    call.sequence = static_cast<uint32_t>(sends / kCallUnits) + slot.sends();
+    const uint32_t reachable = good && slot.sends() ? await_room(comm, call, slot, masked, acknowledged) : 0;
+    if (lane_index() == 0) opening = {call.sequence, good, masked, reachable};
 }
 
-// Warp 0 of the last block: lane r's word goes to `at(r)`, at rank r. Thread 0, which drew the last ticket, stores all of
-// them behind one fence: it acquires the tickets of the other blocks, see is_last_to_tell, and releases what they did to
-// the peers. A fence in one thread and a store in another would be no release.
-template <typename Word, typename At> __device__ inline void tell_ranks(const Comm& comm, Word word, At at) {
-    if (lane_index() == 0) ptx::fence_acq_rel_sys();
-    for (int r = 0; r < comm.num_ranks; ++r) {
-        const Word value = __shfl_sync(~0u, word, r);
-        // RELEASE, by the fence above.
-        if (lane_index() == 0) ptx::st_relaxed_sys(at(r), value);
-    }
-}
+// -- words ------------------------------------------------------------------------------------------------------------
 
-// Warp 0 of the last block, when all blocks have sent: say so. Masked ranks hear that there is nothing for them.
-__device__ inline void post_words(const Comm& comm, const Call& call, const SlotArgs& slot, bool is_pulled = false) {
+// One warp of one block: tell all ranks that this one takes part, with the digest of its values, and with the last bit for
+// how its rows travel. Masked ranks hear that there is nothing for them.
+__device__ inline void greet(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t masked,
+                             bool is_pulled = false) {
     const int lane = lane_index();
-    if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return;  // a block has given up
-    const bool is_masked = masked_ranks(comm) >> lane & 1;
-    const uint32_t word = slot.is_rejected ? kRejected : is_masked ? kLeftOut : greeting(slot, is_pulled);
-    // RELEASE slot_ready[me] at every rank. Pairs with the ACQUIRE in await_words, there.
-    tell_ranks(comm, tagged(call.sequence, word),
-               [&](int r) { return &comm.of(r).slot_ready[slot.index()][comm.rank]; });
+    const bool is_masked = masked >> lane & 1;
+    const uint32_t word = slot.is_rejected ? kRejected : is_masked ? kLeftOut : slot.digest | is_pulled;
+    // Pairs with await_words, there. Carries its own flag; where ranks may be left out it is released by greet_at_last.
+    if (lane < comm.num_ranks)
+        ptx::st_relaxed_sys(&comm.of(lane).slot_ready[slot.index()][comm.rank], tagged(call.sequence, word));
 }
 
-// Warp 0 of the last block, when all blocks have read what was sent to this rank: the slot may be used again.
-__device__ inline void acknowledge(const Comm& comm, const Call& call, const SlotArgs& slot) {
-    if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return;
-    // RELEASE slot_ack[me] at every rank. Pairs with the ACQUIRE in await_room and in low_latency_service.cu, there.
-    tell_ranks(comm, call.sequence, [&](int r) { return &comm.of(r).slot_ack[slot.index()][comm.rank]; });
+// One warp of every block, behind the barrier: what others wait for.
+__device__ inline void introduce(const Comm& comm, const Call& call, const SlotArgs& slot, const Opening& opening,
+                                 bool is_pulled = false) {
+    if (blockIdx.x == 0 && opening.reachable != 0 && !slot.leaves_late)
+        greet(comm, call, slot, opening.masked, is_pulled);
+    if (!acknowledges()) return;
+    acknowledge(comm);
+    note_receiving(comm, call, slot);
 }
 
-// One warp: what the words say, lane r that of rank r, of which `awaited` says whether it counts. Block 0 tells the host.
-__device__ inline Arrival judge(const Comm& comm, const Call& call, const SlotArgs& slot, bool awaited, uint64_t word) {
-    const uint32_t what = static_cast<uint32_t>(word), mine = greeting(slot, false);
+// All threads of all blocks, where ranks that are late are left out: greet only when all blocks have sent everything, so
+// that a rank is there with all of its rows, or not at all.
+__device__ __noinline__ void greet_at_last(const Comm& comm, Call call, const SlotArgs& slot, bool is_pulled = false) {
+    if (!is_last_block(comm, call)) return;
+    if (threadIdx.x == 0) comm.state().ticket[call.operation] = 0;
+    if (warp_index() != 0 || __any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return;
+    ptx::fence_acq_rel_sys();
+    greet(comm, call, slot, masked_ranks(comm), is_pulled);
+}
+
+// One warp of one block: why nothing is received; lane r has the word of rank r, of which `awaited` says whether it counts.
+__device__ __noinline__ void report_nothing(const Comm& comm, Call call, const SlotArgs& slot, bool is_behind,
+                                            uint32_t rejecting) {
     HostPage* page = comm.page();
-    // A peer that has masked this rank went on without it, and its rows may be those of later calls.
-    const bool is_behind = __any_sync(~0u, awaited && word >> 32 != call.sequence);
-    const uint32_t rejecting = __ballot_sync(~0u, awaited && what == kRejected);
-    const uint32_t present = __ballot_sync(~0u, awaited && what != kLeftOut);
-    const bool differs = __any_sync(~0u, awaited && what != kLeftOut && (what ^ mine) > 1);
-    const uint32_t pulling = __ballot_sync(~0u, awaited && what != kLeftOut && (what & 1));
-    if (!is_behind && rejecting == 0 && !differs) return {present, pulling};
-    if (blockIdx.x != 0) return {0, 0};
     if (is_behind) {
         if (lane_index() == 0) ++*const_cast<volatile uint32_t*>(&page->num_left_behind);
     } else if (rejecting != 0) {
@@ -124,76 +210,132 @@ __device__ inline Arrival judge(const Comm& comm, const Call& call, const SlotAr
     } else {
         report_mismatch(comm, call, slot.agreed);
     }
+}
+
+// One warp: what the words say, lane r that of rank r, of which `awaited` says whether it counts. Block 0 tells the host.
+__device__ inline Arrival judge(const Comm& comm, const Call& call, const SlotArgs& slot, bool awaited, uint64_t word) {
+    const uint32_t what = static_cast<uint32_t>(word);
+    // A peer that has masked this rank went on without it, and its rows may be those of later calls.
+    const bool is_behind = __any_sync(~0u, awaited && word >> 32 != call.sequence);
+    const uint32_t rejecting = __ballot_sync(~0u, awaited && what == kRejected);
+    const uint32_t present = __ballot_sync(~0u, awaited && what != kLeftOut);
+    const bool differs = __any_sync(~0u, awaited && what != kLeftOut && (what ^ slot.digest) > 1);
+    const uint32_t pulling = __ballot_sync(~0u, awaited && what != kLeftOut && (what & 1));
+    if (!is_behind && rejecting == 0 && !differs) return {present, pulling};
+    if (blockIdx.x == 0) report_nothing(comm, call, slot, is_behind, rejecting);
     return {0, 0};
 }
 
 // One warp: wait for the words of all ranks that are not masked. `wait_stats`: int64 [num_ranks] or null, the
 // nanoseconds waited for each are added to it by block 0.
-__device__ inline bool await_words(const Comm& comm, const Call& call, const SlotArgs& slot, int64_t* wait_stats,
-                                   Arrival& arrival) {
+__device__ inline bool await_words(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t masked,
+                                   int64_t* wait_stats, Arrival& arrival) {
     const int lane = lane_index();
-    uint32_t masked = masked_ranks(comm), late = 0;
-    uint64_t word = 0;
-    const uint64_t start_ns = ptx::globaltimer_ns();
-    uint64_t elapsed_ns = 0;
-    bool good = wait_for_ranks(
-        comm, call, kPhaseDone,
-        [&](int r) {
-            if (masked >> r & 1) return true;
-            // ACQUIRE slot_ready[r]. Pairs with the release of post_words, there.
-            word = ptx::ld_acquire_sys(&comm.own().slot_ready[slot.index()][r]);
-            if (!reached(static_cast<uint32_t>(word >> 32), call.sequence)) return false;
-            elapsed_ns = ptx::globaltimer_ns() - start_ns;
-            return true;
-        },
-        slot.leaves_late ? &late : nullptr);
+    const bool is_timed = wait_stats != nullptr && blockIdx.x == 0;
+    uint32_t late = 0;
+    uint64_t word = 0, elapsed_ns = 0;
+    const uint64_t start_ns = is_timed ? ptx::globaltimer_ns() : 0;
+    auto ready = [&](int r) {
+        if (masked >> r & 1) return true;
+        // ACQUIRE slot_ready[r]. Pairs with greet, there.
+        word = ptx::ld_acquire_sys(&comm.own().slot_ready[slot.index()][r]);
+        if (!reached(static_cast<uint32_t>(word >> 32), call.sequence)) return false;
+        if (is_timed) elapsed_ns = ptx::globaltimer_ns() - start_ns;
+        return true;
+    };
+    const bool good = wait_for_ranks(comm, call, kPhaseDone, ready, slot.leaves_late ? &late : nullptr);
     if (!good || !mask_late(comm, call, kPhaseDone, late)) return false;
-    if (wait_stats != nullptr && blockIdx.x == 0 && lane < comm.num_ranks)
-        wait_stats[lane] += late >> lane & 1 ? comm.timeout_ns : elapsed_ns;
+    if (is_timed && lane < comm.num_ranks) wait_stats[lane] += late >> lane & 1 ? comm.timeout_ns : elapsed_ns;
     masked |= late;
     arrival = judge(comm, call, slot, lane < comm.num_ranks && !(masked >> lane & 1), word);
     return true;
 }
 
 // One warp of another block than the first, where ranks that are late are left out: all blocks go by what block 0 saw.
-__device__ inline bool await_first_block(const Comm& comm, const Call& call, const SlotArgs& slot, Arrival& arrival) {
+__device__ __noinline__ bool await_first_block(const Comm& comm, Call call, const SlotArgs& slot, Arrival& arrival) {
     const uint64_t* cells = comm.state().seen[slot.index()];
-    uint64_t present = 0, pulling = 0;
-    auto seen = [&] {
+    uint64_t present, pulling;
+    do {
+        // Block 0 waits with a bound of its own, and poisons this rank if it fails.
+        if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return false;
         // Each cell carries its own flag. ACQUIRE: what block 0 has acquired from the peers.
         present = ptx::ld_acquire_sys(&cells[0]);
         pulling = ptx::ld_acquire_sys(&cells[1]);
-        return present >> 32 == call.sequence && pulling >> 32 == call.sequence;
-    };
-    bool good = true;
-    if (lane_index() == 0) {
-        // Block 0 waits with a bound of its own, and poisons this rank if it fails.
-        while (!seen() && good) good = ptx::ld_relaxed_sys(&comm.own().poison) == 0;
-        arrival = {static_cast<uint32_t>(present), static_cast<uint32_t>(pulling)};
-    }
-    return __shfl_sync(~0u, good, 0);
+    } while (__any_sync(~0u, present >> 32 != call.sequence || pulling >> 32 != call.sequence));
+    arrival = {static_cast<uint32_t>(present), static_cast<uint32_t>(pulling)};
+    return true;
 }
 
-// All threads of a block: wait for what was sent to this rank. False: the call has failed. `shared` is the answer.
-__device__ inline bool await_arrival(const Comm& comm, const Call& call, const SlotArgs& slot, int64_t* wait_stats,
-                                     Arrival& shared) {
-    bool good = true;
-    if (warp_index() == 0) {
-        Arrival arrival = {0, 0};
-        if (slot.leaves_late && blockIdx.x != 0) {
-            good = await_first_block(comm, call, slot, arrival);
-        } else {
-            good = await_words(comm, call, slot, wait_stats, arrival);
-            uint64_t* cells = comm.state().seen[slot.index()];
-            if (good && slot.leaves_late && lane_index() == 0) {
-                // RELEASE seen. Pairs with await_first_block.
-                ptx::st_release_sys(&cells[0], tagged(call.sequence, arrival.present));
-                ptx::st_release_sys(&cells[1], tagged(call.sequence, arrival.pulling));
-            }
-        }
-        if (good && lane_index() == 0) shared = arrival;
+// One warp of each block: who has sent something to this rank. False: the call has failed.
+__device__ inline bool await_arrival(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t masked,
+                                     uint64_t wait_stats, Arrival& arrival) {
+    if (slot.leaves_late && blockIdx.x != 0) return await_first_block(comm, call, slot, arrival);
+    if (slot.leaves_late) masked = masked_ranks(comm);  // there may be more of them by now
+    if (!await_words(comm, call, slot, masked, pointer<int64_t>(wait_stats), arrival)) return false;
+    if (slot.leaves_late && lane_index() == 0) {
+        uint64_t* cells = comm.state().seen[slot.index()];
+        // RELEASE seen. Pairs with await_first_block.
+        ptx::st_release_sys(&cells[0], tagged(call.sequence, arrival.present));
+        ptx::st_release_sys(&cells[1], tagged(call.sequence, arrival.pulling));
     }
-    return __syncthreads_and(good);
+    return true;
+}
+
+// -- one warp serves its block ----------------------------------------------------------------------------------------
+
+// What the serving warp has found out, for all warps of its block; in shared memory, 0 to begin with.
+enum Service : uint32_t { kUnderWay = 0, kServed = 1, kNothing = 2 };
+
+__device__ inline void announce(uint32_t& service, bool is_served) {
+    __syncwarp();
+    // RELEASE what the warp has written to shared memory. Pairs with is_served, below.
+    if (lane_index() == 0) ptx::st_release_block(&service, is_served ? kServed : kNothing);
+    __syncwarp();
+}
+
+// One warp: wait for the serving one, whose waits are bounded. Whether there is something to receive.
+__device__ inline bool is_served(const uint32_t& service) {
+    uint32_t state;
+    do {
+        state = ptx::ld_acquire_block(&service);
+    } while (state == kUnderWay);
+    __syncwarp();
+    return state == kServed;
+}
+
+// Units of work of the receive half, which warps of all blocks take as they come: some have more to do than others, and
+// some SMs are slower. So that all end together, the last ones are small. Lane 0 asks ahead; the answer takes a round trip.
+class Units {
+  public:
+    __device__ Units(const Comm& comm, const Call& call, const SlotArgs& slot)
+        : counter_(&comm.state().taken_units[slot.index()][call.sequence & 1]) {
+        ask();
+    }
+    // All lanes: the number of the next one.
+    __device__ uint32_t take() {
+        const uint32_t number = __shfl_sync(~0u, asked_, 0);
+        ask();
+        return number;
+    }
+
+    // How many large units of `size` items there are, of `num_items`: all but as many as `num_warps` have to do while some
+    // of them are still at a large one.
+    static __device__ uint32_t count_large(uint32_t num_items, uint32_t size, uint32_t num_warps) {
+        return num_items > size * num_warps ? (num_items - size * num_warps) / size : 0;
+    }
+
+  private:
+    __device__ void ask() {
+        if (lane_index() == 0) asked_ = ptx::atom_add_relaxed_gpu(counter_, 1);
+    }
+    uint32_t* counter_;
+    uint32_t asked_ = 0;
+};
+
+// -- cells ------------------------------------------------------------------------------------------------------------
+
+__device__ inline bool is_filled(uint64_t cell, const Call& call) {
+    return static_cast<uint32_t>(cell >> 32) == call.sequence;
 }
 
 }  // namespace epcomm

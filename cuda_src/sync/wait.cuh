@@ -17,7 +17,7 @@ struct Call {
 };
 
 // Write the error record unless an earlier error has it.
-__device__ __noinline__ void record_error(const Comm& comm, const Call& call, ErrorKind kind, Phase phase,
+__device__ __noinline__ void record_error(const Comm& comm, Call call, ErrorKind kind, Phase phase,
                                           uint32_t awaited, uint64_t elapsed_ns) {
     if (ptx::atom_cas_relaxed_gpu(&comm.state().failed, 0, 1) != 0) return;
     HostPage* page = comm.page();
@@ -36,31 +36,21 @@ __device__ __noinline__ void poison_all(const Comm& comm) {
 }
 
 // A rank has given up: say so on this one.
-__device__ __noinline__ void record_poison(const Comm& comm, const Call& call, Phase phase, uint64_t elapsed_ns) {
+__device__ __noinline__ void record_poison(const Comm& comm, Call call, Phase phase, uint64_t elapsed_ns) {
     const uint32_t poison = ptx::ld_relaxed_sys(&comm.own().poison);
     record_error(comm, call, kPoisoned, phase, 1u << (poison - 1), elapsed_ns);
 }
 
-// How long one thread has been waiting.
-struct Patience {
-    uint64_t start_ns = 0;  // of the first look
-    uint64_t elapsed_ns = 0;
-    uint32_t num_looks = 0;
-};
-
 // Why waiting on is pointless, if it is; called by one thread now and then.
-__device__ __noinline__ ErrorKind reason_to_stop(const Comm& comm, Patience& patience) {
-    const uint64_t now_ns = ptx::globaltimer_ns();
-    if (patience.num_looks++ == 0) patience.start_ns = now_ns;
-    patience.elapsed_ns = now_ns - patience.start_ns;
+__device__ __noinline__ ErrorKind reason_to_stop(const Comm& comm, uint64_t elapsed_ns, uint32_t num_looks) {
     if (ptx::ld_relaxed_sys(&comm.own().poison) != 0) return kPoisoned;
     // The word lies in host memory: a look is slow, and disturbs the others.
-    if (patience.num_looks % 64 == 0 && ptx::ld_relaxed_sys(&comm.page()->abort) != 0) return kAborted;
-    return patience.elapsed_ns > comm.timeout_ns ? kTimeout : kNoError;
+    if (num_looks % 64 == 63 && ptx::ld_relaxed_sys(&comm.page()->abort) != 0) return kAborted;
+    return elapsed_ns > comm.timeout_ns ? kTimeout : kNoError;
 }
 
 // The waiting thread leaves for that reason, and so must all others.
-__device__ __noinline__ void give_up(const Comm& comm, const Call& call, ErrorKind reason, Phase phase,
+__device__ __noinline__ void give_up(const Comm& comm, Call call, ErrorKind reason, Phase phase,
                                      uint32_t awaited, uint64_t elapsed_ns) {
     if (reason == kPoisoned) {
         record_poison(comm, call, phase, elapsed_ns);
@@ -72,41 +62,80 @@ __device__ __noinline__ void give_up(const Comm& comm, const Call& call, ErrorKi
 
 inline constexpr uint32_t kPollsPerLook = 32;
 
-// One warp waits until `ready(r)` for every rank r; lane r looks after rank r. False: the call has failed. With `late`
-// it may go on without ranks: those that did not come in time, a bit each.
+// What comes of a wait: it goes on, and this is when it began; or one of these.
+inline constexpr uint64_t kStopped = 1, kLate = 2;
+
+// All lanes of a warp that has waited for a while. `awaited`: the ranks that a lane still waits for, a bit each;
+// `num_looks`: earlier calls in this wait. Out of line: code that is rarely run must not be in the way of the rest, since
+// what low latency runs is fetched from memory each time.
+__device__ __noinline__ uint64_t look_around(const Comm& comm, Call call, Phase phase, uint32_t awaited,
+                                             uint64_t start_ns, uint32_t num_looks, bool leaves_late) {
+    const uint64_t now_ns = ptx::globaltimer_ns();
+    if (num_looks == 0) start_ns = now_ns;
+    ErrorKind reason = lane_index() == 0 ? reason_to_stop(comm, now_ns - start_ns, num_looks) : kNoError;
+    reason = static_cast<ErrorKind>(__shfl_sync(~0u, static_cast<uint32_t>(reason), 0));
+    if (reason == kNoError) return start_ns;
+    if (reason == kTimeout && leaves_late) return kLate;
+    awaited = __reduce_or_sync(~0u, awaited);
+    if (lane_index() == 0) give_up(comm, call, reason, phase, awaited, now_ns - start_ns);
+    return kStopped;
+}
+
+// One warp waits until `awaited()` is 0 in every lane: the ranks that the lane still waits for, a bit each. False: the
+// call has failed. With `late` it may go on without ranks: those that did not come in time.
+template <typename Awaited>
+__device__ inline bool wait_in_lanes(const Comm& comm, const Call& call, Phase phase, Awaited awaited,
+                                     uint32_t* late = nullptr) {
+    uint64_t start_ns = 0;
+    uint32_t ranks = ~0u;
+    for (uint32_t polls = 1;; ++polls) {
+        if (ranks != 0) ranks = awaited();
+        if (!__any_sync(~0u, ranks != 0)) return true;
+        if (polls % kPollsPerLook != 0) continue;
+        start_ns = look_around(comm, call, phase, ranks, start_ns, polls / kPollsPerLook - 1, late != nullptr);
+        if (start_ns == kStopped) return false;
+        if (start_ns == kLate) {
+            *late = __reduce_or_sync(~0u, ranks);
+            return true;
+        }
+    }
+}
+
+// One warp waits until `ready()` is true in some lane that waits for a `rank`; the answer is a bit for each of those, 0 if
+// the call has failed. Lanes of which `rank` is negative wait for nobody; one lane at least waits.
+template <typename Ready>
+__device__ inline uint32_t wait_for_some(const Comm& comm, const Call& call, Phase phase, int rank, Ready ready) {
+    uint64_t start_ns = 0;
+    const uint32_t awaited = rank >= 0 ? 1u << rank : 0;
+    for (uint32_t polls = 1;; ++polls) {
+        const uint32_t which = __ballot_sync(~0u, awaited != 0 && ready());
+        if (which != 0) return which;
+        if (polls % kPollsPerLook != 0) continue;
+        start_ns = look_around(comm, call, phase, awaited, start_ns, polls / kPollsPerLook - 1, false);
+        if (start_ns == kStopped) return 0;
+    }
+}
+
+// One warp waits until `ready(r)` for every rank r; lane r looks after rank r. As above.
 template <typename Ready>
 __device__ inline bool wait_for_ranks(const Comm& comm, const Call& call, Phase phase, Ready ready,
                                       uint32_t* late = nullptr) {
     const int lane = lane_index();
-    Patience patience;
-    bool pending = lane < comm.num_ranks;
-    for (uint32_t polls = 1;; ++polls) {
-        if (pending) pending = !ready(lane);
-        const uint32_t awaited = __ballot_sync(~0u, pending);
-        if (awaited == 0) return true;
-        if (polls % kPollsPerLook == 0) {
-            ErrorKind reason = lane == 0 ? reason_to_stop(comm, patience) : kNoError;
-            reason = static_cast<ErrorKind>(__shfl_sync(~0u, static_cast<uint32_t>(reason), 0));
-            if (reason == kNoError) continue;
-            if (reason == kTimeout && late != nullptr) {
-                *late = awaited;
-                return true;
-            }
-            if (lane == 0) give_up(comm, call, reason, phase, awaited, patience.elapsed_ns);
-            return false;
-        }
-    }
+    auto awaited = [&] { return lane < comm.num_ranks && !ready(lane) ? 1u << lane : 0u; };
+    return wait_in_lanes(comm, call, phase, awaited, late);
 }
 
 // One thread waits for one rank. `awaited()`, called at the bad end: all ranks that others wait for just then.
 template <typename Ready, typename Awaited>
 __device__ inline bool wait_for_rank(const Comm& comm, const Call& call, Phase phase, Ready ready, Awaited awaited) {
-    Patience patience;
+    uint64_t start_ns = 0;
     for (uint32_t polls = 1; !ready(); ++polls) {
         if (polls % kPollsPerLook != 0) continue;
-        const ErrorKind reason = reason_to_stop(comm, patience);
+        const uint64_t now_ns = ptx::globaltimer_ns();
+        if (start_ns == 0) start_ns = now_ns;
+        const ErrorKind reason = reason_to_stop(comm, now_ns - start_ns, polls / kPollsPerLook - 1);
         if (reason == kNoError) continue;
-        give_up(comm, call, reason, phase, awaited(), patience.elapsed_ns);
+        give_up(comm, call, reason, phase, awaited(), now_ns - start_ns);
         return false;
     }
     return true;

@@ -6,7 +6,10 @@ from epcomm.backends.protocol import (
     CombineRequest,
     DispatchRequest,
     LowLatencyCombineRequest,
+    LowLatencyCombineTerms,
+    LowLatencyDispatchOutcome,
     LowLatencyDispatchRequest,
+    LowLatencyDispatchTerms,
     Rejectable,
     Turn,
 )
@@ -17,7 +20,10 @@ __all__ = [
     "CombineRequest",
     "DispatchRequest",
     "LowLatencyCombineRequest",
+    "LowLatencyCombineTerms",
+    "LowLatencyDispatchOutcome",
     "LowLatencyDispatchRequest",
+    "LowLatencyDispatchTerms",
     "Rejectable",
     "Turn",
 ]

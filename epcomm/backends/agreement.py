@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
-from epcomm.backends.protocol import (
-    CombineRequest,
-    DispatchRequest,
-    LowLatencyCombineRequest,
-    LowLatencyDispatchRequest,
-)
+import numpy as np
+
+from epcomm.backends.protocol import DispatchRequest, LowLatencyCombineTerms, LowLatencyDispatchTerms
 from epcomm.config import Config
 from epcomm.errors import RankMismatch
 from epcomm.numerics import ROW_DTYPES
@@ -21,13 +19,14 @@ __all__ = [
     "DISPATCH",
     "LOW_LATENCY_COMBINE",
     "LOW_LATENCY_DISPATCH",
-    "cached_dispatch_values",
     "check_agreed",
-    "combine_values",
+    "combine_payload",
+    "dispatch_payload",
     "dispatch_values",
     "low_latency_combine_values",
     "low_latency_dispatch_values",
     "show",
+    "values_with_handle",
 ]
 
 _PAYLOAD = ("hidden", "dtype", "num_scales", "scales_itemsize")
@@ -46,12 +45,22 @@ CACHED_DISPATCH = (*_PAYLOAD, "handle of dispatch", *_CONFIG)
 COMBINE = ("hidden", "dtype", "num_topk", "handle of dispatch", *_CONFIG)
 _LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
 LOW_LATENCY_DISPATCH = (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0")
-LOW_LATENCY_COMBINE = (*_LOW_LATENCY, "use_logfmt", "pre_reduce")
+LOW_LATENCY_COMBINE = (*_LOW_LATENCY, "use_logfmt", "pre_reduce", "return_recv_hook")
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
 
 
-def _config_values(config: Config) -> tuple[int, ...]:
+class _Looks(Protocol):
+    """An array, or its `ArraySpec`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+def _config_values(config: Config) -> tuple[int, int, int, int]:
     """The chunk sizes; ranks may differ in their number of SMs."""
     return (
         config.num_max_nvl_chunked_send_tokens,
@@ -61,17 +70,22 @@ def _config_values(config: Config) -> tuple[int, ...]:
     )
 
 
-def _payload_values(request: DispatchRequest) -> tuple[int, ...]:
-    x, scales = request.x, request.scales
+def dispatch_payload(x: _Looks, scales: _Looks | None) -> tuple[int, ...]:
+    """What dispatches agree on about their rows."""
     num_scales, itemsize = (0, 0) if scales is None else (math.prod(scales.shape[1:]), scales.dtype.itemsize)
     return (x.shape[1], _DTYPE_CODES[x.dtype], num_scales, itemsize)
+
+
+def combine_payload(hidden: int, dtype: np.dtype[Any], num_topk: int) -> tuple[int, ...]:
+    """What combines agree on about their rows; 0 choices without weights."""
+    return (hidden, _DTYPE_CODES[dtype], num_topk)
 
 
 def dispatch_values(request: DispatchRequest) -> tuple[int, ...]:
     """Values of `DISPATCH`, of a dispatch without handle."""
     topk_idx = request.topk_idx
     return (
-        *_payload_values(request),
+        *dispatch_payload(request.x, request.scales),
         0 if topk_idx is None else topk_idx.shape[1],
         request.num_experts,
         0 if topk_idx is None else topk_idx.dtype.itemsize,
@@ -82,46 +96,40 @@ def dispatch_values(request: DispatchRequest) -> tuple[int, ...]:
     )
 
 
-def cached_dispatch_values(request: DispatchRequest, dispatch_id: int) -> tuple[int, ...]:
-    """Values of `CACHED_DISPATCH`, of the dispatch that the handle is of."""
-    return (*_payload_values(request), dispatch_id, *_config_values(request.config))
+def values_with_handle(payload: tuple[int, ...], dispatch_id: int, config: Config) -> tuple[int, ...]:
+    """Values of `CACHED_DISPATCH`, with a `dispatch_payload`, or of `COMBINE`, with a `combine_payload`.
+
+    Args:
+        payload: see above.
+        dispatch_id: of the dispatch that the handle is of.
+        config: of the call.
+    """
+    return (*payload, dispatch_id, *_config_values(config))
 
 
-def combine_values(request: CombineRequest) -> tuple[int, ...]:
-    """Values of `COMBINE`."""
-    x, weights = request.x, request.topk_weights
-    return (
-        x.shape[1],
-        _DTYPE_CODES[x.dtype],
-        0 if weights is None else weights.shape[1],
-        request.handle.dispatch_id,
-        *_config_values(request.config),
-    )
-
-
-def low_latency_dispatch_values(request: LowLatencyDispatchRequest) -> tuple[int, ...]:
+def low_latency_dispatch_values(terms: LowLatencyDispatchTerms) -> tuple[int, ...]:
     """Values of `LOW_LATENCY_DISPATCH`."""
     return (
-        request.x.shape[1],
-        request.topk_idx.shape[1],
-        request.num_experts,
-        request.num_max_dispatch_tokens_per_rank,
-        request.use_fp8,
-        request.round_scale,
-        request.use_ue8m0,
+        terms.hidden,
+        terms.num_topk,
+        terms.num_experts,
+        terms.num_max_dispatch_tokens_per_rank,
+        terms.use_fp8,
+        terms.round_scale,
+        terms.use_ue8m0,
     )
 
 
-def low_latency_combine_values(request: LowLatencyCombineRequest) -> tuple[int, ...]:
+def low_latency_combine_values(terms: LowLatencyCombineTerms) -> tuple[int, ...]:
     """Values of `LOW_LATENCY_COMBINE`."""
-    handle = request.handle
     return (
-        handle.hidden,
-        request.topk_idx.shape[1],
-        handle.num_experts,
-        handle.num_max_dispatch_tokens_per_rank,
-        request.use_logfmt,
-        request.pre_reduce,
+        terms.hidden,
+        terms.num_topk,
+        terms.num_experts,
+        terms.num_max_dispatch_tokens_per_rank,
+        terms.use_logfmt,
+        terms.pre_reduce,
+        terms.is_postponed,
     )
 
 

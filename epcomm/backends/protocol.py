@@ -8,14 +8,14 @@ contiguous except `DispatchRequest.scales`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, StreamRef
+from epcomm.arrays import ArrayView, Place, StreamRef
 from epcomm.config import Config
 from epcomm.errors import EpcommError
 from epcomm.event import EventOverlap
@@ -30,8 +30,10 @@ __all__ = [
     "DispatchRequest",
     "LayoutOutcome",
     "LowLatencyCombineRequest",
+    "LowLatencyCombineTerms",
     "LowLatencyDispatchOutcome",
     "LowLatencyDispatchRequest",
+    "LowLatencyDispatchTerms",
     "Rejectable",
     "Turn",
 ]
@@ -62,41 +64,44 @@ class LayoutOutcome:
 
 @dataclass(slots=True, eq=False)
 class DispatchRequest:
-    """A dispatch of T rows; `handle` is set for a cached one, and then there is no routing."""
+    """A dispatch of T rows. A cached one has a handle, and of the routing only the mask, which is the handle's."""
 
     x: Array  # [T, hidden]
     scales: Array | None  # [T] or [T, num_scales], any strides
-    topk_idx: Array | None  # int32 or int64 [T, num_topk]
-    topk_weights: Array | None  # float32 [T, num_topk]
-    is_token_in_rank: Array  # bool [T, R]
-    num_tokens_per_rank: Array | None  # int32 [R]
-    num_tokens_per_expert: Array | None  # int32 [E]
     num_experts: int
     expert_alignment: int
     num_worst_tokens: int
     config: Config
     num_sms: int
     handle: DispatchHandle | None
+    is_token_in_rank: Array  # bool [T, R]
+    num_tokens_per_rank: Array | None = None  # int32 [R]
+    num_tokens_per_expert: Array | None = None  # int32 [E]
+    topk_idx: Array | None = None  # int32 or int64 [T, num_topk]
+    topk_weights: Array | None = None  # float32 [T, num_topk]
 
 
 @dataclass(slots=True, eq=False)
 class DispatchOutcome:
-    """What a dispatch delivered; see `epcomm.handle.DispatchResult` and `DispatchHandle`."""
+    """What a dispatch delivered; see `epcomm.handle.DispatchResult` and `DispatchHandle`.
+
+    A cached dispatch need not repeat what its handle has: all from `rank_prefix_matrix` to `dispatch_id`.
+    """
 
     recv_x: Array
     recv_scales: Array | None
-    recv_topk_idx: Array | None
-    recv_topk_weights: Array | None
-    num_recv_tokens_per_expert: list[int]
-    rank_prefix_matrix: Array  # int32 [R, R]
-    recv_src_idx: Array  # int32 [N]
-    is_token_in_rank: Array  # bool [T, R], for the handle: nobody else's memory
-    forward_mask: Array | None
-    forward_counts: Array | None
-    dispatch_id: int
-    num_dropped: int  # rows that did not fit into num_worst_tokens on this rank
-    num_sent: int | None = None  # rows that this rank sent; None: the host does not know
+    recv_topk_idx: Array | None = None
+    recv_topk_weights: Array | None = None
+    num_recv_tokens_per_expert: list[int] = field(default_factory=list)
+    rank_prefix_matrix: Array | None = None  # int32 [R, R]
+    recv_src_idx: Array | None = None  # int32 [N]
+    is_token_in_rank: Array | None = None  # bool [T, R], for the handle: nobody else's memory
+    forward_mask: Array | None = None
+    forward_counts: Array | None = None
     send_pos: Array | None = None  # CUDA only: int32 [T, R], see `DispatchHandle`
+    dispatch_id: int = 0
+    num_dropped: int = 0  # rows that did not fit into num_worst_tokens on this rank
+    num_sent: int | None = None  # rows that this rank sent; None: the host does not know
 
 
 @dataclass(slots=True, eq=False)
@@ -119,20 +124,34 @@ class CombineOutcome:
     combined_topk_weights: Array | None
 
 
-@dataclass(slots=True, eq=False)
-class LowLatencyDispatchRequest:
-    """A low-latency dispatch of at most `num_max_dispatch_tokens_per_rank` bfloat16 rows."""
+@dataclass(frozen=True, slots=True, eq=False)
+class LowLatencyDispatchTerms:
+    """What dispatches have in common that differ in addresses only: sizes and options, checked.
 
-    x: Array  # [T, hidden]
-    topk_idx: Array  # [T, num_topk]
+    Calls whose arguments look the same share the object, so a backend finds by it what it has prepared for them.
+    """
+
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    index_bytes: int  # of an element of topk_idx
     num_max_dispatch_tokens_per_rank: int
     num_experts: int
     use_fp8: bool
     round_scale: bool
     use_ue8m0: bool
+    num_sms: int
+
+
+@dataclass(slots=True, eq=False)
+class LowLatencyDispatchRequest:
+    """A low-latency dispatch of at most `num_max_dispatch_tokens_per_rank` bfloat16 rows."""
+
+    terms: LowLatencyDispatchTerms
+    x: Array  # [T, hidden]
+    topk_idx: Array  # [T, num_topk]
     expert_stats: Array | None  # int32 [L], added to in place
     wait_stats: Array | None  # int64 [R], nanoseconds added in place
-    num_sms: int
     is_postponed: bool  # the receive half runs later
 
 
@@ -145,29 +164,48 @@ class LowLatencyDispatchOutcome:
     recv_count: Array
     src_info: Array
     recv_ranges: Array
-    send_pos: Array | None = None  # CUDA only
-    send_begin: Array | None = None  # likewise
+    send_info: Array | None = None  # CUDA only, as the others
+    messages: Array | None = None
+    num_messages: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowLatencyCombineTerms:
+    """What combines have in common that differ in addresses only; see `LowLatencyDispatchTerms`."""
+
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    index_bytes: int
+    num_max_dispatch_tokens_per_rank: int
+    num_experts: int
+    use_logfmt: bool  # rows travel in `epcomm.numerics.encode_logfmt`; hidden is a multiple of its block
+    pre_reduce: bool  # each rank's rows of a token are summed and rounded first; not with use_logfmt or zero_copy
+    zero_copy: bool  # x is what low_latency_combine_buffer returned
+    is_postponed: bool  # the receive half runs later, on all ranks alike
+    num_sms: int
 
 
 @dataclass(slots=True, eq=False)
 class LowLatencyCombineRequest:
     """A weighted sum of the rows that the experts made of a low-latency dispatch."""
 
+    terms: LowLatencyCombineTerms
     x: Array  # bfloat16 [L, R * max_tokens, hidden]
     topk_idx: Array
     topk_weights: Array  # float32 [T, num_topk]
     handle: LowLatencyHandle
     out: Array  # bfloat16 [T, hidden]
     wait_stats: Array | None  # as in a dispatch
-    use_logfmt: bool  # rows travel in `epcomm.numerics.encode_logfmt`; hidden is a multiple of its block
-    pre_reduce: bool  # each rank's rows of a token are summed and rounded first; not with use_logfmt or zero_copy
-    zero_copy: bool  # x is what low_latency_combine_buffer returned
-    num_sms: int
     is_postponed: bool  # as in a dispatch
 
 
 class Turn(Protocol):
     """One call: where its arrays must lie, in which stream it runs, how its results go out. Local."""
+
+    @property
+    def place(self) -> Place:
+        """Where its arrays must lie."""
 
     @property
     def stream(self) -> int | None:
@@ -176,9 +214,6 @@ class Turn(Protocol):
     @property
     def ref(self) -> StreamRef | None:
         """The same, with what keeps it alive."""
-
-    def check(self, view: ArrayView, name: str, **demands: Any) -> None:
-        """`epcomm.arrays.require` with these demands, on the device of this backend."""
 
     def take(self, view: ArrayView) -> Array:
         """An argument as the backend's requests hold it."""

@@ -1,6 +1,8 @@
 """Checks that the arguments of all operations share. Local; nothing is sent.
 
-The `Turn` of a call says on which device arrays must lie, and what the backend's requests hold of them.
+The `Turn` of a call says where arrays must lie, and what the backend's requests hold of them. What can be wrong about
+an array, but for its values, its `ArraySpec` tells: the checks of an operation are a cached function of specs and
+sizes, and cost a call that looks like an earlier one a look-up.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, import_array
-from epcomm.backends import Array, Turn
+from epcomm.arrays import ArraySpec, Place, require
 from epcomm.errors import DtypeError, ImmutableArray, RoutingError, ShapeError
 from epcomm.numerics import COMBINE_DTYPES
 
@@ -20,16 +21,16 @@ __all__ = [
     "BOOL",
     "FLOAT32",
     "INT32",
+    "INTEGERS",
     "MAX_TOPK",
-    "array_argument",
-    "bias_argument",
+    "NUM_REMEMBERED",
     "check_num_experts",
+    "check_rows",
+    "check_topk",
+    "check_topk_values",
     "combine_dtype",
     "numpy_dtype",
     "positive_argument",
-    "rows_argument",
-    "topk_indices",
-    "writable_argument",
     "writable_framework",
 ]
 
@@ -37,57 +38,42 @@ BOOL = np.dtype(np.bool_)
 FLOAT32 = np.dtype(np.float32)
 INT32 = np.dtype(np.int32)
 
+INTEGERS = (int, np.integer)
 MAX_TOPK = 32
+NUM_REMEMBERED = 1024  # results that a cached check keeps
 _ROW_UNIT = 16  # bytes; rows move in units of this
 _INDEX_DTYPES = (INT32, np.dtype(np.int64))
 
 
-def rows_argument(turn: Turn, x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], ndim: int = 2) -> ArrayView:
-    view = import_array(x, name, stream=turn.stream)
-    turn.check(view, name, dtypes=dtypes, ndim=ndim, aligned=True)
-    row_bytes = view.shape[-1] * view.dtype.itemsize
+def check_rows(place: Place, x: ArraySpec, dtypes: tuple[np.dtype[Any], ...], ndim: int = 2) -> None:
+    require(x, "x", dtypes=dtypes, ndim=ndim, aligned=True, place=place)
+    row_bytes = x.shape[-1] * x.dtype.itemsize
     if row_bytes == 0 or row_bytes % _ROW_UNIT:
         raise ShapeError(
-            name,
-            got=f"hidden {view.shape[-1]} ({row_bytes} bytes a row)",
+            "x",
+            got=f"hidden {x.shape[-1]} ({row_bytes} bytes a row)",
             wanted=f"rows of a multiple of {_ROW_UNIT} bytes",
             do="pad hidden",
         )
-    return view
 
 
-def array_argument(
-    turn: Turn, x: Any, name: str, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int | None, ...]
-) -> ArrayView:
-    view = import_array(x, name, stream=turn.stream)
-    turn.check(view, name, dtypes=dtypes, shape=shape)
-    return view
-
-
-def bias_argument(turn: Turn, bias: Any, dtype: np.dtype[Any], shape: tuple[int, int]) -> ArrayView:
-    view = import_array(bias, "bias", stream=turn.stream)
-    turn.check(view, "bias", dtypes=(dtype,), shape=shape, aligned=turn.stream is not None)
-    return view
-
-
-def writable_argument(
-    turn: Turn, x: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], aligned: bool = False
-) -> Array:
-    """Memory that is written; `aligned`: by kernels, 16 bytes at a time."""
-    view = import_array(x, name, writable=True, stream=turn.stream)
-    turn.check(view, name, dtypes=(dtype,), shape=shape, aligned=aligned and turn.stream is not None)
-    return turn.take(view)
+def check_topk(place: Place, topk_idx: ArraySpec, num_tokens: int | None) -> None:
+    """Expert indices are ``[T, num_topk]``."""
+    require(topk_idx, "topk_idx", dtypes=_INDEX_DTYPES, shape=(num_tokens, None), place=place)
+    num_topk = topk_idx.shape[1]
+    if not 1 <= num_topk <= MAX_TOPK:
+        raise ShapeError("topk_idx", got=f"num_topk {num_topk}", wanted=f"1 to {MAX_TOPK} choices a token")
 
 
 def positive_argument(value: Any, name: str) -> int:
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not isinstance(value, INTEGERS) or value < 1:
         raise ShapeError(name, got=repr(value), wanted="an integer of at least 1")
     return int(value)
 
 
 def check_num_experts(num_experts: int, num_ranks: int) -> None:
     """Raise ShapeError unless every rank owns the same number of experts, at least one."""
-    if not isinstance(num_experts, int | np.integer) or num_experts < 1 or num_experts % num_ranks:
+    if not isinstance(num_experts, INTEGERS) or num_experts < 1 or num_experts % num_ranks:
         raise ShapeError(
             "num_experts",
             got=repr(num_experts),
@@ -96,22 +82,8 @@ def check_num_experts(num_experts: int, num_ranks: int) -> None:
         )
 
 
-def topk_indices(turn: Turn, topk_idx: Any, num_tokens: int | None, num_experts: int, check: bool) -> ArrayView:
-    """Expert indices ``[T, num_topk]``; with `check`, also every value.
-
-    Raises:
-        RoutingError: with `check`: an index outside ``[-1, num_experts)``, or an expert twice in a row.
-    """
-    view = import_array(topk_idx, "topk_idx", stream=turn.stream)
-    turn.check(view, "topk_idx", dtypes=_INDEX_DTYPES, shape=(num_tokens, None))
-    if not 1 <= view.shape[1] <= MAX_TOPK:
-        raise ShapeError("topk_idx", got=f"num_topk {view.shape[1]}", wanted=f"1 to {MAX_TOPK} choices a token")
-    if check:
-        _check_indices(turn.checked_values(view), num_experts)
-    return view
-
-
-def _check_indices(indices: NDArray[Any], num_experts: int) -> None:
+def check_topk_values(indices: NDArray[Any], num_experts: int) -> None:
+    """Raise RoutingError for an index outside ``[-1, num_experts)``, or an expert twice in a row."""
     bad = np.argwhere((indices < -1) | (indices >= num_experts))
     if len(bad):
         token, choice = bad[0]

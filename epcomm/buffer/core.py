@@ -7,14 +7,13 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import empty, export_any, export_array, framework_or_none, import_array
+from epcomm.arrays import empty, export_any, export_array, import_array
 from epcomm.backends import Rejectable, Turn
 from epcomm.bootstrap import Topology, as_communicator, discover, install_abort_hook
 from epcomm.buffer.arguments import numpy_dtype
@@ -35,7 +34,6 @@ from epcomm.event import EventOverlap
 
 __all__ = ["BufferCore", "Entry"]
 
-_Request = TypeVar("_Request")
 _ids = itertools.count()
 _COUNTERS = (
     "get_dispatch_layout_calls",
@@ -131,7 +129,7 @@ class BufferCore(Tuning):
         seconds, self._check_routing = agree_on_settings(
             self._comm, settings, ranks_per_node=ranks_per_node, timeout_s=timeout_s
         )
-        self._topology = discover(self._comm, ranks_per_node)
+        self._topology, self._num_ranks = discover(self._comm, ranks_per_node), self._comm.size
         self.num_nvl_bytes, self.num_rdma_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
         self._backend = make_backend(self._comm, self._topology, settings, seconds, device)
         self.id = next(_ids)
@@ -155,7 +153,7 @@ class BufferCore(Tuning):
     @property
     def group_size(self) -> int:
         """Number of ranks."""
-        return self._comm.size
+        return self._num_ranks
 
     @property
     def topology(self) -> Topology:
@@ -204,24 +202,15 @@ class BufferCore(Tuning):
         finally:
             self._entry.release()
 
-    def _prepared(self, turn: Turn, operation: Rejectable, prepare: Callable[[], _Request]) -> _Request:
-        """Run a check of this rank's input; when it fails, let the peers know before raising."""
-        try:
-            return prepare()
-        except Exception as error:
-            self._backend.reject(turn, operation, error)
-            raise
-
     def _turn(
         self,
         operation: Rejectable | None,
-        x: Any,
+        framework: str | None,
         stream: Any = None,
         previous_event: Any = None,
         async_finish: bool = False,
     ) -> Turn:
-        """Begin a call whose input is `x`, or the pair of rows and scales; `operation` if peers wait for this rank."""
-        framework = framework_or_none(x[0] if isinstance(x, tuple) and x else x)
+        """Begin a call with an input of `framework`, None: no array; `operation` if peers wait for this rank."""
         try:
             return self._backend.turn(framework, stream, previous_event, async_finish)
         except Exception as error:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from epcomm.arrays import framework_of
-from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Rejectable, Turn
+from epcomm.arrays import framework_or_none
+from epcomm.backends import (
+    Array,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchOutcome,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchTerms,
+    Rejectable,
+    Turn,
+)
 from epcomm.buffer.arguments import writable_framework
 from epcomm.buffer.core import Entry
 from epcomm.buffer.low_latency_arguments import (
@@ -18,6 +26,7 @@ from epcomm.buffer.low_latency_arguments import (
 from epcomm.buffer.low_latency_masks import LowLatencyMasks
 from epcomm.config import low_latency_size_hint
 from epcomm.errors import ImmutableArray, InputError, ShapeError
+from epcomm.event import EventOverlap
 from epcomm.handle import LowLatencyCombineResult, LowLatencyDispatchResult, LowLatencyHandle, register_pytrees
 
 __all__ = ["LowLatencyOperations"]
@@ -84,11 +93,11 @@ class LowLatencyOperations(LowLatencyMasks):
                 come from `check`, and no row is moved.
         """
         with Entry(self, "low_latency_dispatch"):
-            turn = self._turn(Rejectable.LOW_LATENCY_DISPATCH, x, None, None, async_finish)
-
-            def prepare() -> LowLatencyDispatchRequest:
+            framework = framework_or_none(x)
+            turn = self._turn(Rejectable.LOW_LATENCY_DISPATCH, framework, None, None, async_finish)
+            try:
                 self._check_low_latency(async_finish, return_recv_hook)
-                return low_latency_dispatch_request(
+                request = low_latency_dispatch_request(
                     turn,
                     x,
                     topk_idx,
@@ -100,35 +109,50 @@ class LowLatencyOperations(LowLatencyMasks):
                     round_scale=round_scale,
                     use_ue8m0=use_ue8m0,
                     return_recv_hook=return_recv_hook,
-                    num_ranks=self.group_size,
+                    num_ranks=self._num_ranks,
                     num_sms=self._num_sms(None),
                     check=self._check_routing,
                 )
-
-            request = self._prepared(turn, Rejectable.LOW_LATENCY_DISPATCH, prepare)
+            except Exception as error:
+                self._backend.reject(turn, Rejectable.LOW_LATENCY_DISPATCH, error)
+                raise
             outcome, receive = self._backend.low_latency_dispatch(turn, request)
+            assert framework is not None  # or there was no request
             self._counters["low_latency_dispatch_calls"] += 1
-            framework = framework_of(x)
-            register_pytrees()
             hook = self._hook("low_latency_dispatch", turn, framework, request, receive)
-            handle = LowLatencyHandle(
-                src_info=outcome.src_info,
-                recv_ranges=outcome.recv_ranges,
-                num_max_dispatch_tokens_per_rank=request.num_max_dispatch_tokens_per_rank,
-                hidden=request.x.shape[1],
-                num_experts=request.num_experts,
-                buffer_id=self.id,
-                num_tokens=request.x.shape[0],
-                framework=framework,
-                send_pos=outcome.send_pos,
-                send_begin=outcome.send_begin,
-                stream=turn.ref,
-            )
             event = turn.finish(request)
-            recv_x = turn.export(outcome.recv_x, framework)
-            if outcome.recv_scales is not None:
-                recv_x = (recv_x, turn.export(outcome.recv_scales, framework))
-            return LowLatencyDispatchResult(recv_x, turn.export(outcome.recv_count, framework), handle, event, hook)
+            return self._low_latency_result(turn, request.terms, outcome, framework, event, hook)
+
+    def _low_latency_result(
+        self,
+        turn: Turn,
+        terms: LowLatencyDispatchTerms,
+        outcome: LowLatencyDispatchOutcome,
+        framework: str,
+        event: EventOverlap,
+        hook: Callable[[], None],
+    ) -> LowLatencyDispatchResult:
+        register_pytrees()
+        handle = LowLatencyHandle.of(
+            {
+                "src_info": outcome.src_info,
+                "recv_ranges": outcome.recv_ranges,
+                "num_max_dispatch_tokens_per_rank": terms.num_max_dispatch_tokens_per_rank,
+                "hidden": terms.hidden,
+                "num_experts": terms.num_experts,
+                "buffer_id": self.id,
+                "num_tokens": terms.num_tokens,
+                "framework": framework,
+                "send_info": outcome.send_info,
+                "messages": outcome.messages,
+                "num_messages": outcome.num_messages,
+                "stream": turn.ref,
+            }
+        )
+        recv_x = turn.export(outcome.recv_x, framework)
+        if outcome.recv_scales is not None:
+            recv_x = (recv_x, turn.export(outcome.recv_scales, framework))
+        return LowLatencyDispatchResult(recv_x, turn.export(outcome.recv_count, framework), handle, event, hook)
 
     def low_latency_combine(
         self,
@@ -172,44 +196,43 @@ class LowLatencyOperations(LowLatencyMasks):
             `LowLatencyCombineResult` ``(combined_x [T, hidden], event, hook)``.
 
         Raises:
-            UnsupportedOption: `use_logfmt` or `pre_reduce` on CUDA, so far.
             ShapeError: `use_logfmt`, and hidden is not a multiple of 128.
-            RoutingError: `topk_idx` is not the one of the dispatch (on the host backend; CUDA does not notice).
+            RoutingError: `topk_idx` is not the one of the dispatch; on CUDA it comes from `check`, and the sums of
+                those tokens are wrong.
             ImmutableArray: `out`, statistics or `zero_copy` with JAX arrays.
             HandleError, RingFull, BufferStateError, InputError, PeerError, RankMismatch, PeerTimeout: as in
                 `low_latency_dispatch`.
         """
         with Entry(self, "low_latency_combine"):
-            turn = self._turn(Rejectable.LOW_LATENCY_COMBINE, x, None, None, async_finish)
-
-            def prepare() -> LowLatencyCombineRequest:
+            framework = framework_or_none(x)
+            turn = self._turn(Rejectable.LOW_LATENCY_COMBINE, framework, None, None, async_finish)
+            in_place, self._combine_buffer = self._combine_buffer, None  # a rejected call uses up its slot, too
+            try:
                 self._check_low_latency(async_finish, return_recv_hook)
                 check_pre_reduce(pre_reduce, use_logfmt, zero_copy)
-                checked = low_latency_handle(handle, self.id, turn)
-                return low_latency_combine_request(
+                handle = low_latency_handle(handle, self.id, turn)
+                request = low_latency_combine_request(
                     turn,
                     x,
                     topk_idx,
                     topk_weights,
-                    checked,
-                    self._in_place_rows(x, checked) if zero_copy else None,
+                    handle,
+                    _in_place_rows(framework, handle, in_place) if zero_copy else None,
                     out,
                     combine_wait_recv_cost_stats,
                     use_logfmt=use_logfmt,
                     pre_reduce=pre_reduce,
                     return_recv_hook=return_recv_hook,
-                    num_ranks=self.group_size,
+                    num_ranks=self._num_ranks,
                     num_sms=self._num_sms(None),
                     check=self._check_routing,
                 )
-
-            try:
-                request = self._prepared(turn, Rejectable.LOW_LATENCY_COMBINE, prepare)
-                receive = self._backend.low_latency_combine(turn, request)
-            finally:
-                self._combine_buffer = None  # its slot is used up, by a rejected call as well
+            except Exception as error:
+                self._backend.reject(turn, Rejectable.LOW_LATENCY_COMBINE, error)
+                raise
+            receive = self._backend.low_latency_combine(turn, request)
+            assert framework is not None  # or there was no request
             self._counters["low_latency_combine_calls"] += 1
-            framework = framework_of(x)
             hook = self._hook("low_latency_combine", turn, framework, request, receive)
             event = turn.finish(request)
             return LowLatencyCombineResult(turn.export(request.out, framework) if out is None else out, event, hook)
@@ -250,7 +273,7 @@ class LowLatencyOperations(LowLatencyMasks):
             ShapeError: a size below 1, or a Buffer whose `num_rdma_bytes` was given and is too small for these.
         """
         with Entry(self, "clean_low_latency_buffer"):
-            hint = low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, self.group_size, num_experts)
+            hint = low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, self._num_ranks, num_experts)
             if 0 < self.num_rdma_bytes < hint:
                 raise ShapeError(
                     "num_rdma_bytes",
@@ -264,18 +287,6 @@ class LowLatencyOperations(LowLatencyMasks):
         if async_finish and return_recv_hook:
             raise InputError("async_finish", got="also return_recv_hook", wanted="one of the two")
 
-    def _in_place_rows(self, x: Any, handle: LowLatencyHandle) -> Array:
-        if framework_of(x) == "jax":
-            raise ImmutableArray("zero_copy", got="a JAX array", do="call low_latency_combine without zero_copy")
-        shape = (*handle.src_info.shape, handle.hidden)
-        if self._combine_buffer is None or self._combine_buffer.shape != shape:
-            raise InputError(
-                "zero_copy",
-                got="no buffer of this handle's shape handed out since the last combine",
-                do="write into what get_next_low_latency_combine_buffer(handle) returns first",
-            )
-        return self._combine_buffer
-
     def _hook(
         self,
         operation: str,
@@ -287,7 +298,7 @@ class LowLatencyOperations(LowLatencyMasks):
         """Run the receive half now, or return a function that runs it when it is first called."""
         if not request.is_postponed:
             receive(turn)
-            return lambda: None
+            return _nothing_to_receive
         pending = [(receive, request)]
 
         def hook() -> None:
@@ -299,3 +310,20 @@ class LowLatencyOperations(LowLatencyMasks):
                     later.finish(request)
 
         return hook
+
+
+def _nothing_to_receive() -> None:
+    """The hook of a call that has received."""
+
+
+def _in_place_rows(framework: str | None, handle: LowLatencyHandle, handed_out: Array | None) -> Array:
+    """What get_next_low_latency_combine_buffer handed out, if it can be the rows of a combine with this handle."""
+    if framework == "jax":
+        raise ImmutableArray("zero_copy", got="a JAX array", do="call low_latency_combine without zero_copy")
+    if handed_out is None or handed_out.shape != (*handle.src_info.shape, handle.hidden):
+        raise InputError(
+            "zero_copy",
+            got="no buffer of this handle's shape handed out since the last combine",
+            do="write into what get_next_low_latency_combine_buffer(handle) returns first",
+        )
+    return handed_out

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from epcomm.backends import Array, LowLatencyCombineRequest, LowLatencyDispatchRequest, Turn
+from epcomm.arrays import ArraySpec, Place, import_array, require
+from epcomm.backends import (
+    Array,
+    LowLatencyCombineRequest,
+    LowLatencyCombineTerms,
+    LowLatencyDispatchRequest,
+    LowLatencyDispatchTerms,
+    Turn,
+)
 from epcomm.buffer.arguments import (
     FLOAT32,
     INT32,
-    array_argument,
+    NUM_REMEMBERED,
     check_num_experts,
+    check_rows,
+    check_topk,
+    check_topk_values,
     positive_argument,
-    rows_argument,
-    topk_indices,
-    writable_argument,
 )
 from epcomm.errors import CapacityError, HandleError, ImmutableArray, InputError, ShapeError
 from epcomm.handle import LowLatencyHandle
@@ -28,6 +37,8 @@ __all__ = [
     "low_latency_handle",
     "writable_masks",
 ]
+
+_INT64 = np.dtype(np.int64)
 
 
 def low_latency_dispatch_request(
@@ -49,20 +60,69 @@ def low_latency_dispatch_request(
 ) -> LowLatencyDispatchRequest:
     """The request of ``Buffer.low_latency_dispatch``."""
     check_num_experts(num_experts, num_ranks)
-    positive_argument(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank")
-    view = rows_argument(turn, x, "x", (BFLOAT16,))
-    if use_fp8 and return_recv_hook and view.framework == "jax":
+    max_tokens = positive_argument(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank")
+    is_postponed, stream = bool(return_recv_hook), turn.stream
+    rows, indices = import_array(x, "x", stream=stream), import_array(topk_idx, "topk_idx", stream=stream)
+    experts = waits = None
+    if expert_stats is not None:
+        experts = import_array(expert_stats, "cumulative_local_expert_recv_stats", writable=True, stream=stream)
+    if wait_stats is not None:
+        waits = import_array(wait_stats, "dispatch_wait_recv_cost_stats", writable=True, stream=stream)
+    terms = _dispatch_terms(
+        turn.place,
+        rows.spec,
+        indices.spec,
+        None if experts is None else experts.spec,
+        None if waits is None else waits.spec,
+        max_tokens,
+        int(num_experts),
+        num_ranks,
+        bool(use_fp8),
+        bool(round_scale),
+        bool(use_ue8m0),
+        is_postponed,
+        num_sms,
+    )
+    if check:
+        check_topk_values(turn.checked_values(indices), num_experts)
+    return LowLatencyDispatchRequest(
+        terms,
+        turn.take(rows),
+        turn.take(indices),
+        None if experts is None else turn.take(experts),
+        None if waits is None else turn.take(waits),
+        is_postponed,
+    )
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _dispatch_terms(
+    place: Place,
+    x: ArraySpec,
+    topk_idx: ArraySpec,
+    expert_stats: ArraySpec | None,
+    wait_stats: ArraySpec | None,
+    max_tokens: int,
+    num_experts: int,
+    num_ranks: int,
+    use_fp8: bool,
+    round_scale: bool,
+    use_ue8m0: bool,
+    is_postponed: bool,
+    num_sms: int,
+) -> LowLatencyDispatchTerms:
+    """Check what does not depend on addresses and values."""
+    check_rows(place, x, (BFLOAT16,))
+    if use_fp8 and is_postponed and x.framework == "jax":
         raise ImmutableArray(
             "return_recv_hook",
             got="JAX and fp8, whose scales JAX would copy before they are received",
             do="pass use_fp8=False, or call without return_recv_hook",
         )
-    num_tokens, hidden = view.shape
-    if num_tokens > num_max_dispatch_tokens_per_rank:
+    num_tokens, hidden = x.shape
+    if num_tokens > max_tokens:
         raise CapacityError(
-            "x",
-            got=f"{num_tokens} tokens",
-            wanted=f"at most num_max_dispatch_tokens_per_rank, {num_max_dispatch_tokens_per_rank}",
+            "x", got=f"{num_tokens} tokens", wanted=f"at most num_max_dispatch_tokens_per_rank, {max_tokens}"
         )
     if use_fp8 and hidden % FP8_BLOCK:
         raise ShapeError(
@@ -70,21 +130,23 @@ def low_latency_dispatch_request(
         )
     if use_fp8 and use_ue8m0 and not round_scale:
         raise InputError("use_ue8m0", got="round_scale=False", wanted="power-of-two scales", do="pass round_scale=True")
-    num_local = num_experts // num_ranks
-    return LowLatencyDispatchRequest(
-        x=turn.take(view),
-        topk_idx=turn.take(topk_indices(turn, topk_idx, num_tokens, num_experts, check)),
-        num_max_dispatch_tokens_per_rank=int(num_max_dispatch_tokens_per_rank),
-        num_experts=int(num_experts),
-        use_fp8=bool(use_fp8),
-        round_scale=bool(use_fp8 and round_scale),
-        use_ue8m0=bool(use_fp8 and use_ue8m0),
-        expert_stats=None
-        if expert_stats is None
-        else writable_argument(turn, expert_stats, "cumulative_local_expert_recv_stats", INT32, (num_local,)),
-        wait_stats=_wait_stats(turn, wait_stats, "dispatch_wait_recv_cost_stats", num_ranks),
+    check_topk(place, topk_idx, num_tokens)
+    if expert_stats is not None:
+        shape = (num_experts // num_ranks,)
+        require(expert_stats, "cumulative_local_expert_recv_stats", dtypes=(INT32,), shape=shape, place=place)
+    if wait_stats is not None:
+        _check_wait_stats(place, wait_stats, "dispatch_wait_recv_cost_stats", num_ranks)
+    return LowLatencyDispatchTerms(
+        num_tokens=num_tokens,
+        hidden=hidden,
+        num_topk=topk_idx.shape[1],
+        index_bytes=topk_idx.dtype.itemsize,
+        num_max_dispatch_tokens_per_rank=max_tokens,
+        num_experts=num_experts,
+        use_fp8=use_fp8,
+        round_scale=use_fp8 and round_scale,
+        use_ue8m0=use_fp8 and use_ue8m0,
         num_sms=num_sms,
-        is_postponed=bool(return_recv_hook),
     )
 
 
@@ -130,39 +192,103 @@ def low_latency_combine_request(
         in_place: with zero_copy, the memory that get_next_low_latency_combine_buffer returned.
         out: where the sums go, None for new memory.
     """
-    num_local, max_rows = handle.src_info.shape
-    view = rows_argument(turn, x, "x", (BFLOAT16,), ndim=3)
-    turn.check(view, "x", shape=(num_local, max_rows, handle.hidden))
-    if use_logfmt and handle.hidden % LOGFMT_BLOCK:
+    stream, is_postponed = turn.stream, bool(return_recv_hook)
+    rows, indices = import_array(x, "x", stream=stream), import_array(topk_idx, "topk_idx", stream=stream)
+    weights = import_array(topk_weights, "topk_weights", stream=stream)
+    sums = waits = None
+    if out is not None:
+        sums = import_array(out, "out", writable=True, stream=stream)
+    if wait_stats is not None:
+        waits = import_array(wait_stats, "combine_wait_recv_cost_stats", writable=True, stream=stream)
+    terms = _combine_terms(
+        turn.place,
+        rows.spec,
+        indices.spec,
+        weights.spec,
+        None if sums is None else sums.spec,
+        None if waits is None else waits.spec,
+        handle.num_tokens,
+        handle.hidden,
+        handle.num_max_dispatch_tokens_per_rank,
+        handle.num_experts,
+        num_ranks,
+        bool(use_logfmt),
+        bool(pre_reduce),
+        in_place is not None,
+        is_postponed,
+        num_sms,
+    )
+    if check:
+        check_topk_values(turn.checked_values(indices), terms.num_experts)
+    return LowLatencyCombineRequest(
+        terms,
+        turn.take(rows) if in_place is None else in_place,
+        turn.take(indices),
+        turn.take(weights),
+        handle,
+        turn.new((terms.num_tokens, terms.hidden), BFLOAT16) if sums is None else turn.take(sums),
+        None if waits is None else turn.take(waits),
+        is_postponed,
+    )
+
+
+@functools.lru_cache(maxsize=NUM_REMEMBERED)
+def _combine_terms(
+    place: Place,
+    x: ArraySpec,
+    topk_idx: ArraySpec,
+    topk_weights: ArraySpec,
+    out: ArraySpec | None,
+    wait_stats: ArraySpec | None,
+    num_tokens: int,
+    hidden: int,
+    max_tokens: int,
+    num_experts: int,
+    num_ranks: int,
+    use_logfmt: bool,
+    pre_reduce: bool,
+    zero_copy: bool,
+    is_postponed: bool,
+    num_sms: int,
+) -> LowLatencyCombineTerms:
+    """Check what does not depend on addresses and values; the sizes are those of the handle."""
+    check_rows(place, x, (BFLOAT16,), ndim=3)
+    require(x, "x", shape=(num_experts // num_ranks, num_ranks * max_tokens, hidden), place=place)
+    if use_logfmt and hidden % LOGFMT_BLOCK:
         raise ShapeError(
             "x",
-            got=f"hidden {handle.hidden}",
+            got=f"hidden {hidden}",
             wanted=f"a multiple of {LOGFMT_BLOCK}",
             do="pad hidden, or pass use_logfmt=False",
         )
-    indices = topk_indices(turn, topk_idx, handle.num_tokens, handle.num_experts, check)
-    sums = (handle.num_tokens, handle.hidden)
-    return LowLatencyCombineRequest(
-        x=turn.take(view) if in_place is None else in_place,
-        topk_idx=turn.take(indices),
-        topk_weights=turn.take(array_argument(turn, topk_weights, "topk_weights", (FLOAT32,), indices.shape)),
-        handle=handle,
-        out=turn.new(sums, BFLOAT16)
-        if out is None
-        else writable_argument(turn, out, "out", BFLOAT16, sums, aligned=True),
-        wait_stats=_wait_stats(turn, wait_stats, "combine_wait_recv_cost_stats", num_ranks),
-        use_logfmt=bool(use_logfmt),
-        pre_reduce=bool(pre_reduce),
-        zero_copy=in_place is not None,
+    check_topk(place, topk_idx, num_tokens)
+    require(topk_weights, "topk_weights", dtypes=(FLOAT32,), shape=topk_idx.shape, place=place)
+    if out is not None:  # the kernels write 16 bytes at a time
+        is_aligned = place != "cpu"
+        require(out, "out", dtypes=(BFLOAT16,), shape=(num_tokens, hidden), aligned=is_aligned, place=place)
+    if wait_stats is not None:
+        _check_wait_stats(place, wait_stats, "combine_wait_recv_cost_stats", num_ranks)
+    return LowLatencyCombineTerms(
+        num_tokens=num_tokens,
+        hidden=hidden,
+        num_topk=topk_idx.shape[1],
+        index_bytes=topk_idx.dtype.itemsize,
+        num_max_dispatch_tokens_per_rank=max_tokens,
+        num_experts=num_experts,
+        use_logfmt=use_logfmt,
+        pre_reduce=pre_reduce,
+        zero_copy=zero_copy,
+        is_postponed=is_postponed,
         num_sms=num_sms,
-        is_postponed=bool(return_recv_hook),
     )
+
+
+def _check_wait_stats(place: Place, stats: ArraySpec, name: str, num_ranks: int) -> None:
+    require(stats, name, dtypes=(_INT64,), shape=(num_ranks,), place=place)
 
 
 def writable_masks(turn: Turn, mask_status: Any, num_ranks: int) -> Array:
     """The memory of the user's int32 ``[num_ranks]``."""
-    return writable_argument(turn, mask_status, "mask_status", INT32, (num_ranks,))
-
-
-def _wait_stats(turn: Turn, stats: Any, name: str, num_ranks: int) -> Array | None:
-    return None if stats is None else writable_argument(turn, stats, name, np.dtype(np.int64), (num_ranks,))
+    view = import_array(mask_status, "mask_status", writable=True, stream=turn.stream)
+    require(view.spec, "mask_status", dtypes=(INT32,), shape=(num_ranks,), place=turn.place)
+    return turn.take(view)

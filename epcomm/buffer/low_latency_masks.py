@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from epcomm.arrays import framework_or_none
 from epcomm.buffer.core import BufferCore, Entry
 from epcomm.buffer.low_latency_arguments import writable_masks
 from epcomm.errors import InputError
@@ -39,7 +40,7 @@ class LowLatencyMasks(BufferCore):
         """Write 1 for every masked rank and 0 for the others into `mask_status`, int32 ``[R]``. Not collective."""
         with Entry(self, "low_latency_query_mask_buffer"):
             self._check_mode()
-            turn = self._turn(None, mask_status)
+            turn = self._turn(None, framework_or_none(mask_status))
             status = writable_masks(turn, mask_status, self.group_size)
             self._backend.query_masks(turn, status)
             turn.finish(status)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from epcomm.arrays import framework_of
+from epcomm.arrays import framework_or_none, import_array
 from epcomm.backends import DispatchRequest, Rejectable, Turn
 from epcomm.backends.protocol import DispatchOutcome
-from epcomm.buffer.arguments import check_num_experts, combine_dtype, topk_indices, writable_framework
+from epcomm.buffer.arguments import (
+    check_num_experts,
+    check_topk,
+    check_topk_values,
+    combine_dtype,
+    writable_framework,
+)
 from epcomm.buffer.core import BufferCore, Entry
 from epcomm.buffer.throughput_arguments import combine_request, dispatch_handle, dispatch_request
 from epcomm.config import Config
@@ -60,9 +66,12 @@ class ThroughputOperations(BufferCore):
             RoutingError: with ``EPCOMM_CHECK=1``, an index out of range or repeated in a row.
         """
         with Entry(self, "get_dispatch_layout"):
-            turn = self._turn(None, topk_idx, stream, previous_event, async_finish)
-            check_num_experts(num_experts, self.group_size)
-            view = topk_indices(turn, topk_idx, None, num_experts, self._check_routing)
+            turn = self._turn(None, framework_or_none(topk_idx), stream, previous_event, async_finish)
+            check_num_experts(num_experts, self._num_ranks)
+            view = import_array(topk_idx, "topk_idx", stream=turn.stream)
+            check_topk(turn.place, view.spec, None)
+            if self._check_routing:
+                check_topk_values(turn.checked_values(view), num_experts)
             out = self._backend.dispatch_layout(turn, turn.take(view), num_experts)
             self._counters["get_dispatch_layout_calls"] += 1
             event = turn.finish(view)
@@ -138,11 +147,10 @@ class ThroughputOperations(BufferCore):
         """
         with Entry(self, "dispatch"):
             operation = Rejectable.DISPATCH if handle is None else Rejectable.CACHED_DISPATCH
-            turn = self._turn(operation, x, stream, previous_event, async_finish)
-            request = self._prepared(
-                turn,
-                operation,
-                lambda: dispatch_request(
+            framework = framework_or_none(x[0] if isinstance(x, tuple) and x else x)
+            turn = self._turn(operation, framework, stream, previous_event, async_finish)
+            try:
+                request = dispatch_request(
                     turn,
                     x,
                     handle,
@@ -156,18 +164,19 @@ class ThroughputOperations(BufferCore):
                     num_worst_tokens,
                     config,
                     buffer_id=self.id,
-                    num_ranks=self.group_size,
+                    num_ranks=self._num_ranks,
                     num_nodes=self._topology.num_nodes,
-                    default=self.get_dispatch_config(self.group_size),
-                    num_sms=self._num_sms,
+                    default=self.get_dispatch_config(self._num_ranks),
+                    num_sms=self._num_sms(config),
                     check=self._check_routing,
-                ),
-            )
+                )
+            except Exception as error:
+                self._backend.reject(turn, operation, error)
+                raise
             outcome = self._backend.dispatch(turn, request)
             event = turn.finish(request)
-            return self._dispatch_result(
-                turn, request, outcome, framework_of(x[0] if isinstance(x, tuple) else x), event
-            )
+            assert framework is not None  # or there was no request
+            return self._dispatch_result(turn, request, outcome, framework, event)
 
     def _dispatch_result(
         self, turn: Turn, request: DispatchRequest, outcome: DispatchOutcome, framework: str, event: EventOverlap
@@ -175,7 +184,7 @@ class ThroughputOperations(BufferCore):
         register_pytrees()
         self._counters["dispatch_calls"] += 1
         self._counters["rows_sent"] += outcome.num_sent or 0
-        self._counters["rows_received"] += outcome.recv_src_idx.shape[0]
+        self._counters["rows_received"] += outcome.recv_x.shape[0]
         if outcome.num_dropped:
             self._record_dropped(outcome.num_dropped, request.num_worst_tokens)
         handle = request.handle
@@ -197,25 +206,27 @@ class ThroughputOperations(BufferCore):
     def _dispatch_handle(
         self, turn: Turn, request: DispatchRequest, outcome: DispatchOutcome, framework: str
     ) -> DispatchHandle:
-        return DispatchHandle(
-            is_token_in_rank=outcome.is_token_in_rank,
-            rank_prefix_matrix=outcome.rank_prefix_matrix,
-            recv_src_idx=outcome.recv_src_idx,
-            forward_mask=outcome.forward_mask,
-            forward_counts=outcome.forward_counts,
-            buffer_id=self.id,
-            dispatch_id=outcome.dispatch_id,
-            rank=self.rank,
-            num_tokens=request.x.shape[0],
-            num_rows=outcome.recv_x.shape[0],
-            num_topk=0 if request.topk_idx is None else request.topk_idx.shape[1],
-            hidden=request.x.shape[1],
-            num_experts=request.num_experts,
-            ranks_per_node=self._topology.ranks_per_node,
-            num_worst_tokens=request.num_worst_tokens,
-            framework=framework,
-            send_pos=outcome.send_pos,
-            stream=turn.ref,
+        return DispatchHandle.of(
+            {
+                "is_token_in_rank": outcome.is_token_in_rank,
+                "rank_prefix_matrix": outcome.rank_prefix_matrix,
+                "recv_src_idx": outcome.recv_src_idx,
+                "forward_mask": outcome.forward_mask,
+                "forward_counts": outcome.forward_counts,
+                "buffer_id": self.id,
+                "dispatch_id": outcome.dispatch_id,
+                "rank": self.rank,
+                "num_tokens": request.x.shape[0],
+                "num_rows": outcome.recv_x.shape[0],
+                "num_topk": 0 if request.topk_idx is None else request.topk_idx.shape[1],
+                "hidden": request.x.shape[1],
+                "num_experts": request.num_experts,
+                "ranks_per_node": self._topology.ranks_per_node,
+                "num_worst_tokens": request.num_worst_tokens,
+                "framework": framework,
+                "send_pos": outcome.send_pos,
+                "stream": turn.ref,
+            }
         )
 
     def combine(
@@ -257,11 +268,10 @@ class ThroughputOperations(BufferCore):
                 does not block the host.
         """
         with Entry(self, "combine"):
-            turn = self._turn(Rejectable.COMBINE, x, stream, previous_event, async_finish)
-            request = self._prepared(
-                turn,
-                Rejectable.COMBINE,
-                lambda: combine_request(
+            framework = framework_or_none(x)
+            turn = self._turn(Rejectable.COMBINE, framework, stream, previous_event, async_finish)
+            try:
+                request = combine_request(
                     turn,
                     x,
                     handle,
@@ -269,14 +279,17 @@ class ThroughputOperations(BufferCore):
                     bias,
                     config,
                     buffer_id=self.id,
-                    default=self.get_combine_config(self.group_size),
-                    num_sms=self._num_sms,
-                ),
-            )
+                    default=self.get_combine_config(self._num_ranks),
+                    num_sms=self._num_sms(config),
+                )
+            except Exception as error:
+                self._backend.reject(turn, Rejectable.COMBINE, error)
+                raise
             outcome = self._backend.combine(turn, request)
             self._counters["combine_calls"] += 1
             event = turn.finish(request)
-            framework, weights = framework_of(x), outcome.combined_topk_weights
+            assert framework is not None  # or there was no request
+            weights = outcome.combined_topk_weights
             return CombineResult(
                 turn.export(outcome.combined_x, framework),
                 None if weights is None else turn.export(weights, framework),

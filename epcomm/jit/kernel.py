@@ -1,7 +1,7 @@
 """Loaded kernels: the only place that launches.
 
-Everything goes through CuPy's thin driver calls, which take plain integers: 0.3 us a launch, where `cupy.RawKernel`
-takes several and `cuda.bindings.driver.cuLaunchKernel` one.
+Through CuPy's thin driver calls, which take plain integers: 0.3 us a launch, where `cupy.RawKernel` takes several. Only
+launches that overlap go through cuda-bindings, which has them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from epcomm.errors import CapacityError, CompileError
 from epcomm.jit.device import current_device, load_cupy
+from epcomm.jit.overlap import OverlappingLaunch, can_overlap
 
 __all__ = ["Kernel"]
 
@@ -36,6 +37,8 @@ class Kernel:
         cubin: from `cached_cubin` or `share_cubins`.
         entry: name of an ``extern "C" __global__`` function with one parameter, the struct of its arguments.
         device: CUDA device number. The code is loaded now, not at the first launch.
+        overlaps: it begins with ``ptx::wait_for_earlier_kernels``; its launches overlap the end of the kernel before it
+            in the stream, where GPU and driver can do that.
 
     Attributes:
         entry: its name.
@@ -50,7 +53,7 @@ class Kernel:
         CompileError: the cubin has no such function, or the GPU cannot run it.
     """
 
-    def __init__(self, cubin: bytes, entry: str, device: int) -> None:
+    def __init__(self, cubin: bytes, entry: str, device: int, *, overlaps: bool = False) -> None:
         self._driver = driver = load_cupy().cuda.driver
         self.entry, self.device = entry, device
         with current_device(device):
@@ -67,6 +70,7 @@ class Kernel:
         self._parameters = array("Q", [0])
         self._parameters_address = self._parameters.buffer_info()[0]
         self._launch = driver.launchKernel
+        self._overlapping = OverlappingLaunch(self._function) if overlaps and can_overlap(device) else None
 
     def __repr__(self) -> str:
         return f"Kernel({self.entry!r}, device={self.device}, registers={self.registers})"
@@ -109,6 +113,9 @@ class Kernel:
             CUDADriverError: CuPy's; the launch was refused, or an earlier kernel of this process has failed.
         """
         self._parameters[0] = arguments
+        if self._overlapping is not None:
+            self._overlapping.launch(blocks, threads, shared_bytes, stream, self._parameters_address)
+            return
         self._launch(self._function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, self._parameters_address, 0)
 
     def _attribute(self, number: int) -> int:

@@ -24,7 +24,7 @@ PROGRAMS: tuple[Program, ...] = (
 
 # Only Buffers with low_latency_mode need these.
 LOW_LATENCY_PROGRAMS: tuple[Program, ...] = (
-    low_latency_dispatch.PROGRAM,
-    low_latency_combine.PROGRAM,
+    *low_latency_dispatch.PROGRAMS.values(),
+    *low_latency_combine.PROGRAMS.values(),
     low_latency_service.PROGRAM,
 )

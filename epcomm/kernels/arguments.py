@@ -7,12 +7,13 @@ the same for all calls of a Buffer and is written once; a call writes the rest w
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Sequence
 
 from epcomm.kernels.layout import MAX_RANKS
 
-__all__ = ["COMM", "Arguments", "comm_bytes"]
+__all__ = ["COMM", "Arguments", "comm_bytes", "divisor"]
 
 COMM = struct.Struct(f"<{MAX_RANKS}Q3Q2i")
 assert COMM.size == 288
@@ -24,6 +25,17 @@ def comm_bytes(
     """The ``Comm`` of a rank; `regions` are the addresses of all ranks' regions in this process."""
     padded = [*regions, *[0] * (MAX_RANKS - len(regions))]
     return COMM.pack(*padded, host_page, region_bytes, timeout_ns, rank, num_ranks)
+
+
+@functools.lru_cache(maxsize=256)
+def divisor(value: int) -> tuple[int, int]:
+    """``Divisor`` of ``common/types.cuh``: n // value is ``n * multiplier >> shift`` for n < 2^31.
+
+    With 2^k the smallest power of two that is not below `value`, the multiplier is ``floor(2^(31 + k) / value) + 1``:
+    too large by at most 1, which n < 2^31 do not notice.
+    """
+    shift = 31 + (value - 1).bit_length()
+    return (1 << shift) // value + 1, shift
 
 
 class Arguments:
@@ -41,7 +53,7 @@ class Arguments:
         self._pack, self._start = fields.pack_into, len(fixed)
         self.address = ctypes.addressof((ctypes.c_char * len(self._memory)).from_buffer(self._memory))
 
-    def fill(self, *values: int) -> int:
+    def fill(self, fields: Sequence[int]) -> int:
         """Write all fields, in their order; the address for the launch."""
-        self._pack(self._memory, self._start, *values)
+        self._pack(self._memory, self._start, *fields)
         return self.address

@@ -4,51 +4,55 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from epcomm.config import COMBINE_LANES, NUM_LOW_LATENCY_SLOTS
-from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT, round_up
+from epcomm.config import COMBINE_LANES, LANE_PARTS, NUM_LOW_LATENCY_SLOTS, low_latency_lanes
+from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT
 
-__all__ = ["RECEIVE", "SEND", "SLOT", "THREADS", "Area", "Slot", "piece_bytes"]
+__all__ = ["MAX_EXPERTS", "MAX_TOKENS", "RECEIVE", "SEND", "SLOT", "THREADS", "Area", "Slot"]
 
-# offset, num_bytes, operation, halves, is_rejected, leaves_late, agreed[12]
-SLOT = f"2Q4I{NUM_ENTRY_AGREED}I"
+# rows, rows_bytes, cells, operation, halves, is_rejected, leaves_late, digest, unused, agreed[12]
+SLOT = f"3Q6I{NUM_ENTRY_AGREED}I"
 SEND, RECEIVE = 1, 2
 THREADS = 512
-_WARP_BYTES = 512  # that a warp moves at once: 16 a lane
-_MAX_PIECE = 8 * _WARP_BYTES
+MAX_TOKENS = 1 << 17  # of a rank: what a header has bits for
+MAX_EXPERTS = 2048  # of all ranks: what shared memory has room for
+_CELL_UNIT = 16  # bytes
 
 
 class Slot(NamedTuple):
     """Where a slot lies in a region."""
 
-    offset: int
-    num_bytes: int
+    rows: int
+    rows_bytes: int
+    cells: int
 
 
 class Area(NamedTuple):
-    """The low-latency area of a region: `config.low_latency_bytes`, from `offset` on."""
+    """The low-latency area of a region: `config.low_latency_bytes`, from `offset` on. Rows of all lanes, then cells."""
 
     offset: int
     num_bytes: int
     num_ranks: int
 
     @property
-    def lane_bytes(self) -> int:
-        """What one source of a dispatch may stage."""
-        return self.num_bytes // (NUM_LOW_LATENCY_SLOTS * (self.num_ranks + COMBINE_LANES)) // UNIT * UNIT
+    def cell_lane_bytes(self) -> int:
+        """Cells of one lane."""
+        return self.num_bytes // (LANE_PARTS * low_latency_lanes(self.num_ranks)) // _CELL_UNIT * _CELL_UNIT
+
+    @property
+    def row_lane_bytes(self) -> int:
+        """Rows of one lane."""
+        return (LANE_PARTS - 1) * self.cell_lane_bytes // UNIT * UNIT
 
     def dispatch_slot(self, slot: int) -> Slot:
-        num_bytes = self.num_ranks * self.lane_bytes
-        return Slot(self.offset + slot * num_bytes, num_bytes)
+        return self._slot(slot * self.num_ranks, self.num_ranks)
 
     def combine_slot(self, slot: int) -> Slot:
-        num_bytes = COMBINE_LANES * self.lane_bytes
-        first = self.offset + NUM_LOW_LATENCY_SLOTS * self.num_ranks * self.lane_bytes
-        return Slot(first + slot * num_bytes, num_bytes)
+        return self._slot(NUM_LOW_LATENCY_SLOTS * self.num_ranks + slot * COMBINE_LANES, COMBINE_LANES)
 
-
-def piece_bytes(row_bytes: int, num_rows: int, num_warps: int, most: int = _MAX_PIECE) -> int:
-    """How much of a row a warp takes at once: as much as it can have under way, less if warps had nothing to do."""
-    wanted = -(-row_bytes // most)
-    if num_rows * wanted < 2 * num_warps:
-        wanted = max(wanted, min(-(-row_bytes // _WARP_BYTES), -(-2 * num_warps // max(num_rows, 1))))
-    return round_up(-(-row_bytes // wanted), _WARP_BYTES)
+    def _slot(self, first_lane: int, num_lanes: int) -> Slot:
+        cells = self.offset + low_latency_lanes(self.num_ranks) * self.row_lane_bytes
+        return Slot(
+            self.offset + first_lane * self.row_lane_bytes,
+            num_lanes * self.row_lane_bytes,
+            cells + first_lane * self.cell_lane_bytes,
+        )

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 from epcomm.jit import Program
 from epcomm.kernels.low_latency import SLOT
 
 __all__ = [
-    "BF16",
     "ENTRY",
+    "EXACT",
+    "EXPONENTS",
     "FIELDS",
-    "FP8",
-    "FP8_EXPONENTS",
-    "FP8_POWER_OF_TWO",
     "MAX_SHARED_BYTES",
-    "MAX_TOKENS",
-    "PROGRAM",
+    "POWER_OF_TWO",
+    "PROGRAMS",
+    "num_words",
     "shared_bytes",
 ]
 
-PROGRAM = Program("kernels/low_latency_dispatch.cu")
+PROGRAMS = {
+    use_fp8: Program("kernels/low_latency_dispatch.cu", (("LOW_LATENCY_FP8", str(int(use_fp8))),))
+    for use_fp8 in (False, True)
+}
 ENTRY = "epcomm_low_latency_dispatch"
-BF16, FP8, FP8_POWER_OF_TWO, FP8_EXPONENTS = 0, 1, 2, 3
-MAX_TOKENS = 32 * 4096  # of a rank: the choices of one expert have to fit shared memory
-MAX_SHARED_BYTES = 64 * 1024  # two blocks have to fit an SM
+EXACT, POWER_OF_TWO, EXPONENTS = 0, 1, 2  # scales
+MAX_SHARED_BYTES = 72 * 1024
 
-# slot; lane_bytes, rows_offset, row_stride; x, topk_idx, send_pos; recv_x, recv_scales, recv_count, src_info,
-# layout_range, send_begin; expert_stats, wait_stats; cast, send_vectors, receive_bytes; hidden, num_tokens, num_topk,
-# index_bytes, num_local_experts, max_tokens, unused
-FIELDS = struct.Struct(f"<{SLOT}14Q3I7i")
+# slot; row_lane_bytes, cell_lane_bytes, row_stride; x, topk_idx, send_info; recv_x, recv_scales, recv_count, src_info,
+# layout_range, messages, num_messages; expert_stats, wait_stats; by_topk, by_local, by_pieces; scales, piece_bytes,
+# num_pieces, num_words; hidden, num_tokens, num_topk, index_bytes, num_local_experts, max_tokens
+FIELDS = struct.Struct(f"<{SLOT}15Q6I4I6i")
 
 
-def shared_bytes(num_local_experts: int, num_ranks: int) -> int:
-    """Dynamic shared memory: the first row of every source at every expert."""
-    return 4 * num_local_experts * (num_ranks + 1)
+def shared_bytes(num_local_experts: int, num_ranks: int, num_topk: int, words: int) -> int:
+    """Dynamic shared memory: who has chosen what, of 32 tokens a word, and the first row of every source anywhere."""
+    rows = num_local_experts * num_ranks + num_ranks
+    return 4 * (rows * (words + 1) + 32 * words * num_topk + num_local_experts * (num_ranks + 1))
+
+
+@functools.lru_cache(maxsize=256)
+def num_words(num_tokens: int, num_local_experts: int, num_ranks: int, num_topk: int) -> int:
+    """Words of 32 tokens that are looked at together: all of them, if they fit shared memory."""
+    fixed = shared_bytes(num_local_experts, num_ranks, num_topk, 0)
+    each = shared_bytes(num_local_experts, num_ranks, num_topk, 1) - fixed
+    return max(1, min(-(-num_tokens // 32), (MAX_SHARED_BYTES - fixed) // each))

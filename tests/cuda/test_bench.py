@@ -46,7 +46,7 @@ def test_everything_is_checked_and_measured(ranks, dtype, tmp_path):
         assert (record["floor_us"] is None) == (record["operation"] == "get_dispatch_layout")
 
 
-@pytest.mark.parametrize(("ranks", "hidden", "num_rows"), [(1, 264, 5), (2, 512, 8)])
+@pytest.mark.parametrize(("ranks", "hidden", "num_rows"), [(1, 264, 6), (2, 512, 10)])
 def test_low_latency_is_checked_and_measured(ranks, hidden, num_rows, tmp_path):
     file = tmp_path / "lines.json"
     sizes = ["--tokens=12", f"--hidden={hidden}", "--experts=16", "--topk=4", "--repeats=4"]

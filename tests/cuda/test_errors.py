@@ -388,7 +388,7 @@ def test_a_rank_without_memory(comm, when):
         scene = set_scene(buffer, operation)
         if comm.rank == 1:
             if when == "after_the_counts":
-                patch.setattr("epcomm.backends.cuda.dispatch.Outputs", _out_of_memory)
+                patch.setattr("epcomm.backends.cuda.dispatch.Outputs.of", _out_of_memory)
             else:
                 patch.setattr("epcomm.memory.LocalPool.allocate", _out_of_memory)
         error = error_of(lambda: call(scene, operation))

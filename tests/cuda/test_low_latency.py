@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers import checks, low_latency
-from helpers.calls import TIMEOUT_S, error_of
+from helpers.calls import error_of
 from helpers.cases import CASES, LOW_LATENCY_CASES, LowLatencyCase
 from helpers.frames import CUPY, assign, down
 from helpers.gpu import busy, need_gpu
 from helpers.low_latency import BF16, BY_NAME, FP8, UE8M0
+from helpers.low_latency import make_cuda_buffer as make_buffer
 
 from epcomm import Buffer
-from epcomm.errors import BufferStateError, CapacityError, InputError, PeerError, UnsupportedOption
+from epcomm.errors import BufferStateError, CapacityError, InputError, RoutingError
+from epcomm.kernels import low_latency_dispatch
 from epcomm.layout import NUM_SLOTS
 from epcomm.testing import assert_bitwise, uniform_routing
 
 cupy = need_gpu()
 pytestmark = pytest.mark.gpu
 
-AREA_BYTES = 16 << 20
 SIZES = (1, 2, 3, 5, 8)
 all_cases = pytest.mark.parametrize("case", LOW_LATENCY_CASES, ids=lambda case: case.name)
-
-
-def make_buffer(comm=None, num_rdma_bytes: int = AREA_BYTES, **settings) -> Buffer:
-    settings = {"timeout_s": TIMEOUT_S, **settings}
-    return Buffer(comm, 1 << 20, num_rdma_bytes, low_latency_mode=True, backend="cuda", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +48,12 @@ WIDE = {
     "7168_fp8": LowLatencyCase("7168 fp8", hidden=7168, tokens=(3, 16, 1), cast=("use_fp8",)),
     "topk_32": LowLatencyCase("topk 32", num_topk=32, experts_per_rank=40, routing=uniform_routing),
     "100_tokens": LowLatencyCase("100 tokens", tokens=(97, 100, 3), max_tokens=100, cast=("use_fp8",)),
-    # So many choices that they come in passes.
+    "100_tokens_ue8m0": LowLatencyCase("100 tokens UE8M0", tokens=(97, 100, 3), max_tokens=100, cast=UE8M0.cast),
     "300_experts": LowLatencyCase("300 experts", tokens=(70, 0, 33), max_tokens=300, hidden=8, experts_per_rank=300),
+    # So many choices of so many experts, on 3 ranks, that they are looked at in chunks.
+    "chunks": LowLatencyCase(
+        "chunks", tokens=(165, 0, 161), max_tokens=165, hidden=8, num_topk=8, experts_per_rank=680
+    ),
 }
 
 
@@ -60,6 +61,10 @@ WIDE = {
 @pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
 def test_sizes(buffer, num_ranks, case):
     checks.low_latency_round_trip(buffer, case.inputs(num_ranks))
+
+
+def test_the_chunks_are_some():
+    assert low_latency_dispatch.num_words(165, 680, 3, 8) == 5 < -(-165 // 32)
 
 
 @pytest.mark.ranks(3)
@@ -162,18 +167,6 @@ def test_out_and_statistics(buffer, num_ranks):
     low_latency.out_and_statistics(buffer)
 
 
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("option", ["use_logfmt", "pre_reduce"])
-def test_options_that_are_not_there_yet(buffer, num_ranks, option):
-    inputs = BF16.inputs(num_ranks)
-    result = checks.low_latency_dispatch(buffer, inputs)
-    with pytest.raises(UnsupportedOption, match=f"^{option}: got True; wanted False"):
-        checks.low_latency_combine(buffer, inputs, result, **{option: True})
-    CUPY.synchronize()
-    assert type(error_of(buffer.check)) is PeerError
-    checks.low_latency_round_trip(buffer, inputs)
-
-
 # -- combine buffers --------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +189,21 @@ def test_each_rank_decides_how_its_rows_travel(buffer, comm, num_ranks):
             buffer, inputs, result, x=rows if is_pulled else None, zero_copy=is_pulled
         )
         assert_bitwise(down(combined.combined_x), inputs.combined()[comm.rank], f"combine {number}")
+
+
+@pytest.mark.ranks(2)
+def test_larger_combine_buffers_while_a_combine_is_under_way(comm):
+    """Its receive half pulls from those that its send half told the peers of."""
+    small, large = BF16.inputs(comm.size), WIDE["7176_channels"].inputs(comm.size)
+    with make_buffer(comm) as buffer:
+        results = [checks.low_latency_dispatch(buffer, inputs) for inputs in (small, large)]
+        rows = buffer.get_next_low_latency_combine_buffer(results[0].handle)
+        assign(rows, CUPY.up(small.outputs[comm.rank]))
+        combined = checks.low_latency_combine(buffer, small, results[0], x=rows, zero_copy=True, return_recv_hook=True)
+        larger = buffer.get_next_low_latency_combine_buffer(results[1].handle)
+        assert larger.nbytes > rows.nbytes
+        combined.hook()
+        assert_bitwise(down(combined.combined_x), small.combined()[comm.rank])
 
 
 @pytest.mark.ranks(2)
@@ -235,126 +243,6 @@ def test_a_combine_buffer_is_not_written_while_a_slow_rank_reads_it(comm, buffer
         assert_bitwise(down(got.combined_x), mine.combined()[comm.rank])
 
 
-# -- graphs -----------------------------------------------------------------------------------------------------------
-
-
-class Step:
-    """Inputs of one replay on the device; `x`, `topk_idx` and so on are those that a graph has the addresses of."""
-
-    def __init__(self, case, num_ranks: int, rank: int, seed: int) -> None:
-        self.inputs = case.inputs(num_ranks, seed)
-        arrays = (self.inputs.x, self.inputs.topk_idx, self.inputs.topk_weights, self.inputs.outputs)
-        self.arrays = [CUPY.up(array[rank]) for array in arrays]
-
-    def load_into(self, static) -> None:
-        for to, value in zip(static.arrays, self.arrays, strict=True):
-            assign(to, value)
-
-
-def pair(buffer, static, *, is_pulled: bool, is_split: bool, extra: int):
-    """A dispatch and a combine, after `extra` dispatches that leave the slots out of step."""
-    x, topk_idx, weights, outputs = static.arrays
-    case, num_experts = static.inputs.case, static.inputs.num_experts
-
-    def send():
-        return buffer.low_latency_dispatch(
-            x, topk_idx, case.max_tokens, num_experts, **case.options, return_recv_hook=is_split
-        )
-
-    for _ in range(extra):
-        send().hook()
-    result = send()
-    result.hook()
-    rows = outputs
-    if is_pulled:
-        rows = buffer.get_next_low_latency_combine_buffer(result.handle)
-        assign(rows, outputs)
-    combined = buffer.low_latency_combine(
-        rows, topk_idx, weights, result.handle, zero_copy=is_pulled, return_recv_hook=is_split
-    )
-    combined.hook()
-    return result, combined
-
-
-@pytest.mark.ranks((1, 2, 4))
-@pytest.mark.parametrize("case", [BF16, UE8M0], ids=lambda case: case.name)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"is_pulled": False, "is_split": False, "extra": 0},
-        {"is_pulled": True, "is_split": False, "extra": 1},
-        {"is_pulled": True, "is_split": True, "extra": 0},
-    ],
-    ids=["push", "pull_after_an_extra_dispatch", "pull_in_halves"],
-)
-def test_replays(comm, num_ranks, case, options):
-    """Inputs change between replays, of which there are odd numbers, with eager calls in between."""
-    steps = [Step(case, num_ranks, comm.rank, seed) for seed in range(4)]
-    static = Step(case, num_ranks, comm.rank, 99)
-    stream, draw = cupy.cuda.Stream(non_blocking=True), random.Random(5)
-    CUPY.synchronize()
-    with make_buffer(comm) as buffer:
-        with stream:
-            pair(buffer, static, **{**options, "extra": 0})  # allocates the combine buffers
-            stream.begin_capture()
-            result, combined = pair(buffer, static, **options)
-            graph = stream.end_capture()
-            for number in range(25):
-                step = draw.choice(steps)
-                step.load_into(static)
-                graph.launch(stream)
-                checks.assert_low_latency_dispatched(buffer, step.inputs, result)
-                assert_bitwise(down(combined.combined_x), step.inputs.combined()[comm.rank], f"replay {number}")
-                if number % 7 == 3:
-                    checks.low_latency_round_trip(buffer, FP8.inputs(num_ranks, number))
-        buffer.check()
-        stream.synchronize()
-        comm.barrier()
-
-
-@pytest.mark.ranks(2)
-def test_layers_of_a_graph_share_memory(comm, num_ranks):
-    """The results of all layers but the last are dropped during the capture."""
-    step, static = (Step(BF16, num_ranks, comm.rank, seed) for seed in (3, 99))
-    stream = cupy.cuda.Stream(non_blocking=True)
-    CUPY.synchronize()
-    with make_buffer(comm) as buffer, stream:
-        options = {"is_pulled": True, "is_split": False, "extra": 0}
-        pair(buffer, static, **options)
-        held, taken = [], []
-        for num_layers in (0, 2, 9):
-            stream.begin_capture()
-            results = None
-            for _ in range(num_layers):
-                results = pair(buffer, static, **options)
-            held.append((stream.end_capture(), results))
-            del results
-            pair(buffer, static, **options)  # the pool looks at what was released
-            taken.append(buffer.stats["outputs_bytes_live"] + buffer.stats["outputs_bytes_pinned"])
-        assert 0 < taken[2] - taken[1] <= taken[1] - taken[0]
-        step.load_into(static)
-        for graph, (result, combined) in held[1:]:
-            graph.launch(stream)
-            checks.assert_low_latency_dispatched(buffer, step.inputs, result)
-            assert_bitwise(down(combined.combined_x), step.inputs.combined()[comm.rank])
-        stream.synchronize()
-        comm.barrier()
-
-
-@pytest.mark.ranks(2)
-def test_combine_buffers_are_not_allocated_under_capture(comm):
-    inputs = BF16.inputs(comm.size)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with make_buffer(comm) as buffer, stream:
-        result = checks.low_latency_dispatch(buffer, inputs)
-        stream.begin_capture()
-        with pytest.raises(InputError, match="get_next_low_latency_combine_buffer: got the first call of this size"):
-            buffer.get_next_low_latency_combine_buffer(result.handle)
-        stream.end_capture()
-        low_latency.zero_copy(buffer, inputs)
-        comm.barrier()
-
-
 # -- room -------------------------------------------------------------------------------------------------------------
 
 
@@ -372,14 +260,14 @@ def test_an_area_that_is_too_small(comm):
     """All ranks raise alike, and smaller calls work."""
     inputs = BY_NAME["full"].inputs(comm.size)
     small = LowLatencyCase("small", tokens=(2,), max_tokens=2, hidden=128)
-    with make_buffer(comm, 80 << 10) as buffer:
+    with make_buffer(comm, 640 << 10) as buffer:
         error = error_of(lambda: checks.low_latency_dispatch(buffer, inputs))
         assert type(error) is CapacityError, repr(error)
-        assert "num_rdma_bytes: got 81920 bytes; wanted at least" in str(error)
+        assert "num_rdma_bytes: got 655360 bytes; wanted at least" in str(error)
         CUPY.synchronize()
         error_of(buffer.check)
         checks.low_latency_round_trip(buffer, small.inputs(comm.size))
-        many = LowLatencyCase("choices", tokens=(2,), max_tokens=2, hidden=640, num_topk=32, experts_per_rank=16)
+        many = LowLatencyCase("choices", tokens=(2,), max_tokens=2, hidden=2560, num_topk=32, experts_per_rank=16)
         inputs = many.inputs(comm.size)
         result = checks.low_latency_dispatch(buffer, inputs)
         checks.assert_low_latency_dispatched(buffer, inputs, result)
@@ -403,6 +291,32 @@ def test_wrong_indices_touch_nothing_else(comm, buffer):
         result = buffer.low_latency_dispatch(arrays[0], CUPY.up(topk_idx), 16, mine.num_experts, use_fp8=False)
         buffer.low_latency_combine(arrays[2], CUPY.up(topk_idx), arrays[1], result.handle)
     checks.low_latency_round_trip(buffer, mine)
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("combine", low_latency.COMBINES, ids=str)
+def test_other_choices_than_those_of_the_dispatch(buffer, comm, combine):
+    """The rank that has them hears of it from `check`; nobody waits for ever, and the others have their sums."""
+    inputs = replace(BY_NAME["full"], combine=combine).inputs(comm.size)
+    topk_idx = inputs.topk_idx[comm.rank].copy()
+    if comm.rank == 1:
+        topk_idx[:, [0, -1]] = topk_idx[:, [-1, 0]]
+    for is_pulled in (False, not combine):
+        result = checks.low_latency_dispatch(buffer, inputs)
+        rows = CUPY.up(inputs.outputs[comm.rank])
+        if is_pulled:
+            rows, outputs = buffer.get_next_low_latency_combine_buffer(result.handle), rows
+            assign(rows, outputs)
+        combined = checks.low_latency_combine(
+            buffer, inputs, result, x=rows, topk_idx=CUPY.up(topk_idx), zero_copy=is_pulled
+        )
+        CUPY.synchronize()
+        if comm.rank == 1:
+            assert type(error_of(buffer.check)) is RoutingError
+        else:
+            checks.assert_low_latency_combined(buffer, inputs, combined.combined_x)
+        buffer.check()
+    checks.low_latency_round_trip(buffer, inputs)
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,77 @@ def test_mistakes_with_copies(name, capfd):
         assert re.search(f"^epcomm emulator: negate: block 0[ ,].*{message}", said, re.DOTALL), said
 
 
+# -- copies of single threads -------------------------------------------------------------------------------------
+
+# Each thread moves its 16 bytes of rows through a ring of two stages.
+ASYNC_COPIES = r"""
+#include "ptx/async.cuh"
+using namespace epcomm;
+extern "C" __global__ void forward(int4* from, int4* to, int num_rows, int mistake) {
+    extern __shared__ __align__(16) int4 ring[];
+    const int lane = threadIdx.x;
+    auto is = [&](Mistake which) { return mistake == which; };
+    auto load = [&](int i) {
+        const long shift = is(misaligned) ? 4 : is(outside_of_shared_memory) ? 1l << 20 : 0;
+        const int4* row = is(behind_the_end) && i == num_rows ? nullptr : from + i * 32 + lane;
+        const bool is_there = i < num_rows || is(behind_the_end);
+        ptx::async_copy(ptx::shared_address(ring + i % 2 * 32 + lane) + shift, row, is_there);
+        if (!is(no_commit) || i == 0) ptx::async_commit();
+    };
+    load(0);
+    for (int i = 0; i < num_rows; ++i) {
+        load(i + 1);
+        if (is(one_group_too_many)) ptx::async_wait<2>();
+        else if (!is(no_wait)) ptx::async_wait<1>();
+        if (is(a_write_to_the_stage)) ring[(i + 1) % 2 * 32 + lane].x = 1;
+        if (is(a_write_to_the_source) && i + 1 < num_rows) from[(i + 1) * 32 + lane].x = 1;
+        if (is(a_stage_of_another)) to[i * 32 + lane] = ring[(i + 1) % 2 * 32 + lane];
+        else to[i * 32 + lane] = ring[i % 2 * 32 + lane];
+    }
+    if (!is(no_wait_at_the_end)) ptx::async_wait<0>();
+}
+"""
+ASYNC_MISTAKES = {
+    "no_wait": None,
+    "one_group_too_many": None,
+    "no_commit": None,
+    "a_stage_of_another": None,
+    "a_write_to_the_stage": "was written to while a load .* was under way to it",
+    "a_write_to_the_source": None,
+    "no_wait_at_the_end": "ends without a wait for its async_copy",
+    "misaligned": "outside, or not aligned",
+    "behind_the_end": "illegal address",
+    "outside_of_shared_memory": "outside, or not aligned",
+}
+
+
+def forward(mistake: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """(status, what it has written, what it should)."""
+    rows = np.random.default_rng(0).integers(1, 1 << 30, (NUM_ROWS, 128)).astype(np.int32)
+    out, want = np.zeros_like(rows), rows.copy()
+    program = Emulated(f"enum Mistake {{ none, {', '.join(ASYNC_MISTAKES)} }};\n{ASYNC_COPIES}")
+    return program.launch("forward", 1, 32, rows, out, NUM_ROWS, mistake, shared_bytes=1024), out, want
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_async_copies(seed, monkeypatch):
+    monkeypatch.setenv("EPCOMM_EMULATOR_SEED", seed)
+    status, out, want = forward(0)
+    assert status == 0
+    assert (out == want).all()
+
+
+@pytest.mark.parametrize("name", ASYNC_MISTAKES)
+def test_mistakes_with_async_copies(name, capfd):
+    status, out, want = forward(1 + list(ASYNC_MISTAKES).index(name))
+    if (message := ASYNC_MISTAKES[name]) is None:
+        assert (out != want).any()
+    else:
+        said = capfd.readouterr().err
+        assert status != 0
+        assert re.search(f"^epcomm emulator: forward: block 0[ ,].*{message}", said, re.DOTALL), said
+
+
 # -- threads that wait for ever, or where they must not be --------------------------------------------------------
 
 WAITS = r"""

@@ -219,9 +219,9 @@ def low_latency_combine(
     """Low-latency combine of a case's outputs (or of `x`, which holds them), unchecked."""
     rank, up = buffer.rank, frames_of(buffer).up
     outputs = up(inputs.outputs[rank]) if x is None else x
-    options = {**inputs.case.combine_options, **options}
+    options = {"topk_idx": up(inputs.topk_idx[rank]), **inputs.case.combine_options, **options}
     return buffer.low_latency_combine(
-        outputs, up(inputs.topk_idx[rank]), up(inputs.topk_weights[rank]), result.handle, **options
+        outputs, topk_weights=up(inputs.topk_weights[rank]), handle=result.handle, **options
     )
 
 

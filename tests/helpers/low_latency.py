@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import checks
-from helpers.cases import LOW_LATENCY_CASES, LowLatencyCase, LowLatencyInputs
+from helpers.calls import TIMEOUT_S
+from helpers.cases import LOGFMT_CASES, LOW_LATENCY_CASES, PRE_REDUCE_CASES, LowLatencyCase, LowLatencyInputs
 from helpers.frames import assign, down, frames_of
 
 from epcomm import Buffer
@@ -20,6 +21,18 @@ from epcomm.testing import assert_bitwise
 
 BY_NAME = {case.name: case for case in LOW_LATENCY_CASES}
 BF16, FP8, UE8M0 = (BY_NAME[name] for name in ("bfloat16", "fp8", "fp8_ue8m0"))
+COMBINES = ((), ("use_logfmt",), ("pre_reduce",))
+LOGFMT = {case.name.removeprefix("use_logfmt_"): case for case in LOGFMT_CASES}
+PRE_REDUCE = {case.name.removeprefix("pre_reduce_"): case for case in PRE_REDUCE_CASES}
+
+combine_cases = pytest.mark.parametrize("case", [*LOGFMT_CASES, *PRE_REDUCE_CASES], ids=lambda case: case.name)
+either_option = pytest.mark.parametrize("options", [LOGFMT, PRE_REDUCE], ids=["use_logfmt", "pre_reduce"])
+
+
+def make_cuda_buffer(comm: Communicator | None = None, num_rdma_bytes: int = 16 << 20, **settings: Any) -> Buffer:
+    """A Buffer in low-latency mode on a GPU."""
+    settings = {"timeout_s": TIMEOUT_S, **settings}
+    return Buffer(comm, 1 << 20, num_rdma_bytes, low_latency_mode=True, backend="cuda", **settings)
 
 
 def random_case(
@@ -271,8 +284,17 @@ def rank_that_stops_answering(comm: Communicator, buffer: Buffer, lost: int) -> 
     comm.barrier()
 
 
-def rank_that_stops_answering_between_dispatch_and_combine(comm: Communicator, buffer: Buffer) -> None:
-    inputs = BF16.inputs(comm.size)
+def combines_of_several_kinds_in_flight(comm: Communicator, buffer: Buffer) -> None:
+    pairs = (LOGFMT["bfloat16"], BF16), (BY_NAME["full"], PRE_REDUCE["full"]), (PRE_REDUCE["fp8"], LOGFMT["full"])
+    for first, second in pairs:
+        inputs = [first.inputs(comm.size), second.inputs(comm.size, 1)]
+        round_trips_in_flight(buffer, inputs, (comm.rank % 2, 1 - comm.rank % 2))
+
+
+def rank_that_stops_answering_between_dispatch_and_combine(
+    comm: Communicator, buffer: Buffer, case: LowLatencyCase = BF16
+) -> None:
+    inputs = case.inputs(comm.size)
     masks = masks_of(comm.size, {0: {1}, 2: {1}})
     result = checks.low_latency_dispatch(buffer, inputs)
     frames_of(buffer).synchronize()

@@ -377,11 +377,7 @@ DISAGREEMENTS: tuple[Disagreement, ...] = tuple(
             lambda s: {"topk_idx": s.mine.topk_idx[:, :1].copy(), "topk_weights": s.mine.topk_weights[:, :1].copy()},
             ("num_topk",),
         ),
+        ("low_latency_combine", "logfmt", _fixed(use_logfmt=True), ("use_logfmt",)),
+        ("low_latency_combine", "pre_reduce", _fixed(pre_reduce=True), ("pre_reduce",)),
     )
-)
-
-# About options that the CUDA backend does not have, so far.
-DISAGREEMENTS_OF_THE_HOST: tuple[Disagreement, ...] = (
-    Disagreement("logfmt", "low_latency_combine", _fixed(use_logfmt=True), ("use_logfmt",)),
-    Disagreement("pre_reduce", "low_latency_combine", _fixed(pre_reduce=True), ("pre_reduce",)),
 )

@@ -20,7 +20,7 @@ from helpers.calls import (
     raises,
     set_scene,
 )
-from helpers.mistakes import DISAGREEMENTS, DISAGREEMENTS_OF_THE_HOST, MISTAKES
+from helpers.mistakes import DISAGREEMENTS, MISTAKES
 
 from epcomm import Buffer, Config
 from epcomm.errors import HandleError, InputError, PeerError, RoutingError
@@ -52,7 +52,7 @@ def test_mistake(comm, mistake, monkeypatch):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("disagreement", [*DISAGREEMENTS, *DISAGREEMENTS_OF_THE_HOST], ids=str)
+@pytest.mark.parametrize("disagreement", DISAGREEMENTS, ids=str)
 def test_disagreement(comm, buffer, disagreement):
     check_disagreement(comm, buffer, disagreement, odd=1)
 

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import pytest
 from helpers import checks, low_latency
-from helpers.cases import CASES, LOGFMT_CASES, LOW_LATENCY_CASES, PRE_REDUCE_CASES
-from helpers.low_latency import BF16, BY_NAME, FP8, UE8M0, masked_round_trip, masks_of, query
+from helpers.cases import CASES, LOW_LATENCY_CASES
+from helpers.low_latency import (
+    BF16,
+    BY_NAME,
+    COMBINES,
+    FP8,
+    LOGFMT,
+    PRE_REDUCE,
+    UE8M0,
+    combine_cases,
+    either_option,
+    masked_round_trip,
+    masks_of,
+    query,
+)
 
 from epcomm import Buffer
 from epcomm.bootstrap import topology
@@ -14,13 +27,8 @@ from epcomm.layout import NUM_SLOTS
 from epcomm.testing import assert_bitwise
 
 SIZES, MORE_SIZES = (3,), (1, 2, 4, 8)
-COMBINES = ((), ("use_logfmt",), ("pre_reduce",))
-LOGFMT = {case.name.removeprefix("use_logfmt_"): case for case in LOGFMT_CASES}
-PRE_REDUCE = {case.name.removeprefix("pre_reduce_"): case for case in PRE_REDUCE_CASES}
 
 all_cases = pytest.mark.parametrize("case", LOW_LATENCY_CASES, ids=lambda case: case.name)
-combine_cases = pytest.mark.parametrize("case", [*LOGFMT_CASES, *PRE_REDUCE_CASES], ids=lambda case: case.name)
-either_option = pytest.mark.parametrize("options", [LOGFMT, PRE_REDUCE], ids=["use_logfmt", "pre_reduce"])
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +148,7 @@ def test_combine_case_on_more_ranks(buffer, num_ranks, case):
 
 @pytest.mark.ranks(3)
 def test_combines_of_several_kinds_in_flight(buffer, comm):
-    pairs = (LOGFMT["bfloat16"], BF16), (BY_NAME["full"], PRE_REDUCE["full"]), (PRE_REDUCE["fp8"], LOGFMT["full"])
-    for first, second in pairs:
-        inputs = [first.inputs(comm.size), second.inputs(comm.size, 1)]
-        low_latency.round_trips_in_flight(buffer, inputs, (comm.rank % 2, 1 - comm.rank % 2))
+    low_latency.combines_of_several_kinds_in_flight(comm, buffer)
 
 
 @pytest.mark.ranks(3)

@@ -158,13 +158,16 @@ LOW_LATENCY = {"num_max_dispatch_tokens_per_rank": 128, "hidden": 7168, "num_ran
     list(itertools.product([1, 128], [8, 128, 7168], [1, 3, 8], [24, 288])),
 )
 def test_low_latency_formula(tokens, hidden, num_ranks, num_experts):
-    groups, num_local = round_up(hidden, 128) // 128, num_experts // num_ranks
-    row = max(2 * hidden, hidden + 4 * groups)
-    choices = 4 * (num_local * (round_up(tokens, 32) // 32 + 1) + 1)
-    dispatch = round_up(choices, 128) + tokens * round_up(row, 128)
-    combine = (round_up(4 * num_experts, 128) + tokens * 10 * 2 * hidden) / 10
-    lane = round_up(math.ceil(max(dispatch, combine)), 128)
-    wanted = round_up(2 * (num_ranks + 10) * lane, 2 * MIB)
+    def num_pieces(row, most):
+        wanted = max(math.ceil(row / most), min(math.ceil(row / 512), math.ceil(512 / tokens)))
+        return math.ceil(row / round_up(math.ceil(row / wanted), 512))
+
+    row = round_up(max(2 * hidden, hidden + 4 * math.ceil(hidden / 128)), 128)
+    pieces = max(num_pieces(2 * hidden, 4096), num_pieces(hidden, 2048))
+    dispatch = 8 * (math.ceil(num_experts / num_ranks) + 1 + tokens * (11 + pieces))
+    combine = math.ceil(8 * (num_experts + 10 * tokens * (num_ranks + num_pieces(2 * hidden, 4096))) / 10)
+    part = round_up(max(math.ceil(tokens * row / 31), dispatch, combine), 128)
+    wanted = round_up(2 * (num_ranks + 10) * 32 * part, 2 * MIB)
     assert Buffer.get_low_latency_rdma_size_hint(tokens, hidden, num_ranks, num_experts) == wanted
 
 
@@ -175,7 +178,8 @@ def test_low_latency_memory_of_a_large_model():
 
 @pytest.mark.parametrize("name", LOW_LATENCY)
 def test_low_latency_hint_grows_with(name):
-    larger = {**LOW_LATENCY, name: 100 * LOW_LATENCY[name]}
-    assert config.low_latency_size_hint(**larger) > config.low_latency_size_hint(**LOW_LATENCY)
+    sizes = {**LOW_LATENCY, "hidden": 128} if name == "num_experts" else LOW_LATENCY
+    larger = {**sizes, name: 100 * sizes[name]}
+    assert config.low_latency_size_hint(**larger) > config.low_latency_size_hint(**sizes)
     with raises(ShapeError, f"^{name}: got 0; wanted at least 1"):
         config.low_latency_size_hint(**{**LOW_LATENCY, name: 0})

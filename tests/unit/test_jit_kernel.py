@@ -10,7 +10,7 @@ import types
 import pytest
 
 from epcomm.errors import CapacityError, CompileError, MissingDependency
-from epcomm.jit import device, kernel
+from epcomm.jit import device, kernel, overlap
 from epcomm.jit.kernel import Kernel
 from epcomm.jit.residency import Footprint, Launch, plan_residency
 
@@ -27,6 +27,7 @@ class FakeDriver:
         self.launches: list[tuple] = []
         self.settings: list[tuple[int, int, int]] = []
         self.context = 0
+        self.capability, self.version = "90", 12030
 
     def ctxGetCurrent(self):
         return self.context
@@ -66,7 +67,7 @@ def driver(monkeypatch):
 
     class Device:
         def __init__(self, number: int) -> None:
-            self.number, self.compute_capability = number, "90"
+            self.number, self.compute_capability = number, fake.capability
 
         def __enter__(self) -> None:
             entered.append(self.number)
@@ -82,11 +83,12 @@ def driver(monkeypatch):
     runtime = types.SimpleNamespace(
         free=free,
         deviceGetAttribute=lambda number, device: {16: 132}[number],
+        driverGetVersion=lambda: fake.version,
         getDeviceProperties=lambda device: {"uuid": bytes([device]) * 16 + b"\0"},
     )
     fake.entered = entered
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(driver=fake, runtime=runtime, Device=Device))
-    for module in (device, kernel):
+    for module in (device, kernel, overlap):
         monkeypatch.setattr(module, "load_cupy", lambda: cupy)
     monkeypatch.setattr(kernel, "_modules", {})
     return fake
@@ -102,6 +104,65 @@ def test_launch(driver):
         (101, (16, 1, 1, 512, 1, 1, 1000), 77, 42, 0),
         (101, (1, 1, 1, 32, 1, 1, 0), 0, 43, 0),
     ]
+
+
+class FakeBindings:
+    """What is used of ``cuda.bindings.driver`` to launch."""
+
+    CUlaunchAttributeID = types.SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    CUlaunchConfig = types.SimpleNamespace
+
+    def __init__(self) -> None:
+        self.launches: list[tuple] = []
+        self.status = 0
+
+    @staticmethod
+    def CUlaunchAttribute():
+        return types.SimpleNamespace(value=types.SimpleNamespace())
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        (attribute,) = config.attrs
+        assert (config.numAttrs, attribute.id, vars(attribute.value)) == (
+            *(1, 6),
+            {"programmaticStreamSerializationAllowed": 1},
+        )
+        pointer = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
+        argument = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int))[0]
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        block = config.blockDimX, config.blockDimY, config.blockDimZ
+        self.launches.append((function, (*grid, *block, config.sharedMemBytes), config.hStream, argument, extra))
+        return (self.status,)
+
+
+@pytest.fixture
+def bindings(monkeypatch):
+    fake = FakeBindings()
+    monkeypatch.setitem(sys.modules, "cuda", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=fake))
+    return fake
+
+
+def test_launches_that_overlap(driver, bindings):
+    move = Kernel(b"count move", "move", 3, overlaps=True)
+    argument = ctypes.c_int(42)
+    shapes = [(16, 512, 1000, 77), (16, 512, 1000, 78), *[(blocks, 32, 0, 0) for blocks in range(1, 100)]]
+    for shape in 2 * shapes:
+        move.launch(*shape, ctypes.addressof(argument))
+    assert bindings.launches == 2 * [
+        (101, (blocks, 1, 1, threads, 1, 1, shared_bytes), stream, 42, 0)
+        for blocks, threads, shared_bytes, stream in shapes
+    ]
+    assert not driver.launches
+    bindings.status = 719
+    with pytest.raises(driver.CUDADriverError, match="719"):
+        move.launch(16, 512, 1000, 77, ctypes.addressof(argument))
+
+
+@pytest.mark.parametrize(("capability", "version"), [("89", 13000), ("90", 12020)])
+def test_launches_that_could_overlap_elsewhere(driver, bindings, capability, version):
+    driver.capability, driver.version = capability, version
+    Kernel(b"move", "move", 0, overlaps=True).launch(1, 32, 0, 0, ctypes.addressof(ctypes.c_int(42)))
+    assert (len(driver.launches), len(bindings.launches)) == (1, 0)
 
 
 def test_loading_happens_on_the_device_with_a_context(driver):
@@ -156,9 +217,20 @@ def test_cupy_has_what_is_used_of_it():
     cuda = device.load_cupy().cuda
     missing = [name for name in vars(FakeDriver) if not name.startswith("_") and not hasattr(cuda.driver, name)]
     missing += [
-        name for name in ("free", "deviceGetAttribute", "getDeviceProperties") if not hasattr(cuda.runtime, name)
+        name
+        for name in ("free", "deviceGetAttribute", "driverGetVersion", "getDeviceProperties")
+        if not hasattr(cuda.runtime, name)
     ]
     assert missing == []
+
+
+def test_cuda_bindings_have_what_is_used_of_them():
+    driver = pytest.importorskip("cuda.bindings.driver", reason="optional package cuda-bindings is not installed")
+    launch = overlap.OverlappingLaunch(0)
+    config = launch._make((16, 512, 1000, 77))
+    assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, int(config.hStream)) == (16, 512, 1000, 77)
+    assert config.attrs[0].value.programmaticStreamSerializationAllowed == 1
+    assert callable(driver.cuLaunchKernelEx)
 
 
 def test_facts_about_a_device(driver):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from epcomm import config
 from epcomm.backends.cuda.placement import default_num_sms
 from epcomm.errors import CapacityError
-from epcomm.kernels import combine, dispatch, dispatch_layout, low_latency
+from epcomm.kernels import arguments, combine, dispatch, dispatch_layout, low_latency, low_latency_dispatch
 from epcomm.kernels.layout import MAX_RANKS, UNIT
 from epcomm.kernels.rows import Pieces, stage_memory
 from epcomm.kernels.window import PARTS, WINDOW_BYTES, Window
@@ -87,15 +88,40 @@ def test_slots(sizes):
         assert all(start % 8 == 0 for start in slot.fields)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 8, 1024, 100000])
-@pytest.mark.parametrize("num_warps", [16, 256])
-def test_low_latency_pieces(num_rows, num_warps):
+@pytest.mark.parametrize("max_tokens", [1, 2, 8, 100, 1024, 100000])
+@pytest.mark.parametrize("max_piece", [2048, 4096])
+def test_low_latency_pieces(max_tokens, max_piece):
     """Multiples of what a warp moves at once, that cover the row; enough of them, or as small as can be."""
     for row_bytes in ROW_BYTES:
-        piece = low_latency.piece_bytes(row_bytes, num_rows, num_warps)
-        assert piece % 512 == 0
-        assert 512 <= piece <= 4096
-        assert piece == 512 or max(num_rows, 1) * -(-row_bytes // piece) >= num_warps
+        pieces = config.low_latency_pieces(row_bytes, max_tokens, max_piece)
+        assert_covers(Pieces(row_bytes, *pieces), row_bytes)
+        assert pieces.piece_bytes % 512 == 0
+        assert 512 <= pieces.piece_bytes <= max_piece
+        # A row of eleven columns and seven wanted pieces: two columns each make six.
+        assert pieces.piece_bytes == 512 or 2 * max_tokens * pieces.num_pieces >= 512
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 33, 128, 5000, low_latency.MAX_TOKENS])
+@pytest.mark.parametrize(("num_local", "num_ranks"), [(1, 1), (32, 8), (256, 8), (1024, 2), (64, 32)])
+@pytest.mark.parametrize("num_topk", [1, 8, 32])
+def test_low_latency_tables_fit(num_tokens, num_local, num_ranks, num_topk):
+    words = low_latency_dispatch.num_words(num_tokens, num_local, num_ranks, num_topk)
+    assert 1 <= words <= max(1, -(-num_tokens // 32))
+    assert_fits(512, low_latency_dispatch.shared_bytes(num_local, num_ranks, num_topk, words), 99 * 1024, 512)
+    assert low_latency_dispatch.shared_bytes(num_local, num_ranks, num_topk, words) <= (
+        low_latency_dispatch.MAX_SHARED_BYTES
+    )
+
+
+@pytest.mark.parametrize("value", [*range(1, 70), 127, 128, 129, 255, 1000, 2048, (1 << 17) - 1, (1 << 31) - 1])
+def test_divisor(value):
+    multiplier, shift = arguments.divisor(value)
+    assert 0 < multiplier < 1 << 32
+    assert shift < 64
+    most = (1 << 31) - 1
+    near = {n for k in (0, 1, 2, most // value // 2, most // value) for n in range(k * value - 1, k * value + 2)}
+    for n in {0, 1, most, most - 1} | {n for n in near if 0 <= n <= most}:
+        assert n * multiplier >> shift == n // value
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 8, 32])
@@ -105,9 +131,14 @@ def test_low_latency_slots_do_not_overlap(num_bytes, num_ranks):
     slots = [area.dispatch_slot(0), area.dispatch_slot(1), area.combine_slot(0), area.combine_slot(1)]
     end = 4096
     for slot in slots:
-        assert slot.offset == end
-        assert slot.offset % UNIT == 0
-        end += slot.num_bytes
+        assert slot.rows == end
+        assert slot.rows % UNIT == 0
+        end += slot.rows_bytes
+    for slot, lanes in zip(slots, (num_ranks, num_ranks, config.COMBINE_LANES, config.COMBINE_LANES), strict=True):
+        assert slot.rows_bytes == lanes * area.row_lane_bytes
+        assert slot.cells == end
+        assert slot.cells % 16 == 0
+        end += lanes * area.cell_lane_bytes
     assert end <= 4096 + num_bytes
 
 

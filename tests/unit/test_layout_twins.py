@@ -11,7 +11,7 @@ import pytest
 from helpers.nvrtc import compile_cubin, needs_offsetof
 
 from epcomm.backends.cuda import page
-from epcomm.config import NUM_LOW_LATENCY_SLOTS
+from epcomm.config import MAX_LOW_LATENCY_PIECE, NUM_LOW_LATENCY_SLOTS
 from epcomm.errors import CompileError
 from epcomm.kernels import (
     arguments,
@@ -36,6 +36,10 @@ def array(name: str, count: int) -> list[str]:
 
 def words(names: str) -> list[str]:
     return names.split()
+
+
+def divisors(*names: str) -> list[str]:
+    return [f"{name}.{part}" for name in names for part in ("multiplier", "shift")]
 
 
 def pieces(name: str) -> list[str]:
@@ -107,7 +111,8 @@ STRUCTS = {
 }
 
 SLOT = [
-    *words("slot.offset slot.num_bytes slot.operation slot.halves slot.is_rejected slot.leaves_late"),
+    *words("slot.rows slot.rows_bytes slot.cells slot.operation slot.halves slot.is_rejected slot.leaves_late"),
+    *words("slot.digest slot.unused"),
     *array("slot.agreed", layout.NUM_ENTRY_AGREED),
 ]
 STRUCTS |= {
@@ -117,9 +122,11 @@ STRUCTS |= {
         low_latency_dispatch.FIELDS,
         [
             *SLOT,
-            *words("lane_bytes rows_offset row_stride x topk_idx send_pos recv_x recv_scales recv_count src_info"),
-            *words("layout_range send_begin expert_stats wait_stats cast send_vectors receive_bytes hidden num_tokens"),
-            *words("num_topk index_bytes num_local_experts max_tokens unused"),
+            *words("row_lane_bytes cell_lane_bytes row_stride x topk_idx send_info recv_x recv_scales recv_count"),
+            *words("src_info layout_range messages num_messages expert_stats wait_stats"),
+            *divisors("by_topk", "by_local", "by_pieces"),
+            *words("scales piece_bytes num_pieces num_words hidden num_tokens"),
+            *words("num_topk index_bytes num_local_experts max_tokens"),
         ],
     ),
     "LowLatencyCombineArgs": (
@@ -129,8 +136,10 @@ STRUCTS |= {
         [
             *SLOT,
             *array("buffer", layout.MAX_RANKS),
-            *words("rows_offset x topk_idx topk_weights send_pos layout_range send_begin out wait_stats row_bytes"),
-            *words("push_bytes sum_bytes is_pulled num_tokens num_topk index_bytes num_local_experts max_rows unused"),
+            *words("x topk_idx topk_weights send_info layout_range messages num_messages out wait_stats"),
+            *words("row_bytes wire_bytes piece_bytes num_pieces"),
+            *words("is_pulled num_tokens num_topk index_bytes num_local_experts max_tokens"),
+            *divisors("by_local", "by_pieces"),
         ],
     ),
     "LowLatencyServiceArgs": (
@@ -147,6 +156,7 @@ STRUCTS |= {
 CONSTANTS = {
     "kMaxRanks": layout.MAX_RANKS,
     "kMaxLocalExperts": layout.MAX_LOCAL_EXPERTS,
+    "kMaxTopk": layout.MAX_TOPK,
     "kNumAgreed": layout.NUM_AGREED,
     "kNumEntryAgreed": layout.NUM_ENTRY_AGREED,
     "kUnit": layout.UNIT,
@@ -245,19 +255,31 @@ def test_numbers():
     assert_compiles("common/layout.cuh", "".join(same(f"{name} == {value}u") for name, value in CONSTANTS.items()))
     assert_compiles("kernels/exchange.cu", same(f"kStatusCounts == {exchange.STATUS_COUNTS}"))
     assert_compiles("kernels/exchange.cu", same(f"kThreads == {exchange.THREADS}"))
-    low = {
+
+
+@needs_offsetof
+def test_numbers_of_low_latency():
+    dispatched = {
         "kThreads": low_latency.THREADS,
         "kSend": low_latency.SEND,
         "kReceive": low_latency.RECEIVE,
-        "32 * kBitWords": low_latency_dispatch.MAX_TOKENS,
-        "kBf16": low_latency_dispatch.BF16,
-        "kFp8": low_latency_dispatch.FP8,
-        "kFp8PowerOfTwo": low_latency_dispatch.FP8_POWER_OF_TWO,
-        "kFp8Exponents": low_latency_dispatch.FP8_EXPONENTS,
+        "1 << kTokenBits": low_latency.MAX_TOKENS,
+        "kMaxPiece": MAX_LOW_LATENCY_PIECE,
+        "kExact": low_latency_dispatch.EXACT,
+        "kPowerOfTwo": low_latency_dispatch.POWER_OF_TWO,
+        "kExponents": low_latency_dispatch.EXPONENTS,
     }
-    source = "kernels/low_latency_dispatch.cu"
-    assert_compiles(source, "".join(same(f"{name} == {value}u") for name, value in low.items()))
-    assert_compiles("kernels/low_latency_combine.cu", same(f"kThreads == {low_latency.THREADS}"))
+    combined = {
+        "kThreads": low_latency.THREADS,
+        "kPushColumns * kColumn": MAX_LOW_LATENCY_PIECE,
+        "kDepth": low_latency_combine.DEPTH,
+        "kRows": low_latency_combine.ROWS,
+        "kEncodedRows": low_latency_combine.ENCODED_ROWS,
+        "kPartialSums": low_latency_combine.PARTIAL_SUMS,
+    }
+    for source, numbers in (("dispatch", dispatched), ("combine", combined)):
+        assertions = "".join(same(f"({name}) == {value}u") for name, value in numbers.items())
+        assert_compiles(f"kernels/low_latency_{source}.cu", assertions)
 
 
 @needs_offsetof

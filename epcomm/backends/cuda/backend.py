@@ -29,7 +29,7 @@ from epcomm.backends.cuda.dispatch import (
     reject_move,
 )
 from epcomm.backends.cuda.job import Job, Settings
-from epcomm.backends.cuda.turn import CudaTurn, output
+from epcomm.backends.cuda.turn import CudaTurn, output_spec
 from epcomm.backends.protocol import (
     CombineOutcome,
     CombineRequest,
@@ -43,7 +43,15 @@ from epcomm.backends.protocol import (
 )
 from epcomm.bootstrap import Communicator, Topology
 from epcomm.config import NUM_LOW_LATENCY_SLOTS
-from epcomm.errors import BufferStateError, CapacityError, EpcommError, PeerError, RingFull, UnsupportedOption
+from epcomm.errors import (
+    BufferStateError,
+    CapacityError,
+    EpcommError,
+    PeerError,
+    RingFull,
+    RoutingError,
+    UnsupportedOption,
+)
 from epcomm.event import EventOverlap
 from epcomm.kernels.exchange import STATUS_COUNTS
 from epcomm.kernels.layout import UNIT, round_up
@@ -153,28 +161,29 @@ class CudaBackend:
         block: Block | None = self._job.arena.allocate(num_bytes, turn.stream, is_captured=turn.is_captured)
         if block is None:
             return turn.new((num_rows, hidden), dtype)  # combine takes its rows through the window
-        return turn.over(block, 0, (num_rows, hidden), dtype)
+        turn.own(block)
+        return ArrayView(output_spec((num_rows, hidden), dtype, turn.place), block.ptr, block)
 
     def low_latency_combine_buffer(self, turn: CudaTurn, shape: tuple[int, int, int]) -> ArrayView:
         job = self._job
         ptr = job.low_latency.combine_buffer(
-            turn.stream, turn.is_captured, round_up(math.prod(shape) * BFLOAT16.itemsize, UNIT)
+            turn.stream, turn.capture, round_up(math.prod(shape) * BFLOAT16.itemsize, UNIT)
         )
-        owner = _Arena(ptr)
-        job.note_arena_view(owner)
-        return output(owner, 0, shape, BFLOAT16, job.device)
+        return self._view_of_region(ptr, shape, BFLOAT16)
 
     def local_buffer(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
+        return self._view_of_region(self._job.base + self._job.arena_offset + offset, shape, dtype)
+
+    def _view_of_region(self, ptr: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
+        """Memory that is not allocated, and stays as long as the array."""
         job = self._job
-        owner = _Arena(job.base + job.arena_offset)
-        job.note_arena_view(owner)
-        return output(owner, offset, shape, dtype, job.device)
+        return ArrayView(output_spec(shape, dtype, job.device), ptr, job.region_owner())
 
     def record_stream(self, x: ArrayView, stream: Any) -> None:
-        handle, keep = self._job.streams.callers(None, stream)
-        if handle is None:
+        reader = self._job.streams.of_caller(None, stream)
+        if reader is None:
             raise UnsupportedOption("record_stream", got="no stream", do="pass the stream that uses x")
-        self._job.note_reader(x.ptr, handle, keep)
+        self._job.note_reader(x.ptr, *reader)
 
     def barrier(self, turn: CudaTurn) -> None:
         """All ranks reach this point of their streams. Collective; does not block the host."""
@@ -221,6 +230,12 @@ class CudaBackend:
                 wanted="all ranks in step",
                 do="call low_latency_clean_mask_buffer on all ranks to bring it back",
             )
+        if page.take_other_choices():
+            return RoutingError(
+                "an earlier low_latency_combine: topk_idx",
+                got="other choices than those of the dispatch, so the sums of their tokens are wrong",
+                wanted="the topk_idx of the dispatch that made the handle",
+            )
         void, mismatch = page.take_void(), page.take_mismatch()
         if void is not None:
             return self._why_void(*void)
@@ -247,8 +262,7 @@ class CudaBackend:
         return PeerError(what, rejecting) if rejecting else _disagreement(what, DISPATCH, agreed)
 
     def comm_stream(self) -> StreamRef:
-        streams = self._job.streams
-        return StreamRef(streams.own, streams.keeper)
+        return self._job.streams.own
 
     def interrupted(self) -> bool:
         return not self._job.is_in_step
@@ -261,13 +275,6 @@ class CudaBackend:
 
     def drop(self, is_expected: bool) -> None:
         self._job.drop()
-
-
-class _Arena:
-    """The owner of views of the whole arena: it stays until they go."""
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
 
 
 def _operation(request: DispatchRequest) -> Rejectable:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from epcomm.arrays import ArrayView
-from epcomm.backends.agreement import DISPATCH, cached_dispatch_values, check_agreed, dispatch_values
+from epcomm.arrays import ArraySpec, ArrayView
+from epcomm.backends.agreement import DISPATCH, check_agreed, dispatch_payload, dispatch_values, values_with_handle
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.outputs import Outputs, Sizes
 from epcomm.backends.cuda.turn import CudaTurn
@@ -31,7 +31,8 @@ ELSEWHERE = "an error there says why"
 
 # Arguments of kernels that are launched only to say no.
 _NO_MARKS = (0,) * 7  # no arrays, no tokens, no experts
-_NOTHING_TO_AGREE_ON = (0, 0, *(0,) * NUM_ENTRY_AGREED)  # of no tokens
+_NOTHING = (0,) * NUM_ENTRY_AGREED
+_NOTHING_TO_AGREE_ON = (0, 0, *_NOTHING)  # of no tokens
 _NO_ARRAYS = (0,) * 13
 _NOTHING_BESIDE = (0, 1, 0, 8, 0)  # no scales of 1 byte, no choices of 8 bytes, no experts
 
@@ -46,17 +47,19 @@ def dispatch_layout(job: Job, turn: CudaTurn, topk_idx: ArrayView, num_experts: 
         turn.stream,
         num_tokens,
         num_experts + job.size,
-        topk_idx.ptr,
-        per_rank.ptr,
-        0,
-        per_expert.ptr,
-        marks.ptr,
-        num_tokens,
-        num_topk,
-        topk_idx.dtype.itemsize,
-        num_experts,
-        job.size,
-        job.size,
+        (
+            topk_idx.ptr,
+            per_rank.ptr,
+            0,
+            per_expert.ptr,
+            marks.ptr,
+            num_tokens,
+            num_topk,
+            topk_idx.dtype.itemsize,
+            num_experts,
+            job.size,
+            job.size,
+        ),
     )
     return LayoutOutcome(per_rank, None, per_expert, marks)
 
@@ -66,9 +69,18 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
 
     Waits for the counts of all ranks, unless the request has a handle or `num_worst_tokens`.
     """
-    sizes = Sizes.of(request)
+    scales, topk_idx, topk_weights = request.scales, request.topk_idx, request.topk_weights
+    plan = job.plan(
+        _MovePlan,
+        request.x.spec,
+        None if scales is None else scales.spec,
+        None if topk_idx is None else topk_idx.spec,
+        None if topk_weights is None else topk_weights.spec,
+        request.num_experts,
+        request.num_sms,
+    )
     if request.handle is not None:
-        return _cached(job, turn, request, sizes)
+        return _cached(job, turn, request, plan)
     num_local = request.num_experts // job.size
     if num_local > MAX_LOCAL_EXPERTS:
         raise CapacityError("num_experts", got=f"{num_local} a rank", wanted=f"at most {MAX_LOCAL_EXPERTS} a rank")
@@ -79,23 +91,23 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
             got="a stream under capture, and a call that waits for counts",
             wanted="a call that does not: with num_worst_tokens, or with a handle",
         )
-    job.window.cut(sizes.slot.num_bytes)  # raises before peers count on this rank
-    outputs = _outputs_in_advance(job, turn, sizes, worst)
-    send_pos = turn.new((sizes.num_tokens, job.size), _INT32)
+    outputs = _outputs_in_advance(job, turn, plan.sizes, worst)
+    send_pos = turn.new((plan.sizes.num_tokens, job.size), _INT32)
     prefix = turn.new((job.size, job.size), _INT32)
     turn.has_entered, job.is_in_step = True, False
     capacity = ANY_CAPACITY if worst else 0 if outputs is None else outputs.num_rows
     tag = _exchange(job, turn, request, send_pos, prefix, capacity)
     if outputs is not None:
         # In the wake of the exchange, which says whether it moves rows; meanwhile the host hears of the counts.
-        _move(job, turn, request, sizes, outputs, send_pos, prefix, tag, False)
+        _move(job, turn, request, plan, outputs, send_pos, prefix, tag, False)
     num_sent, experts = None, []
     if not worst:
-        outputs = _await_counts(job, turn, request, sizes, outputs, send_pos, prefix, tag)
+        outputs = _await_counts(job, turn, request, plan, outputs, send_pos, prefix, tag)
         unit, num_sent = request.expert_alignment, job.page.num_sent
         experts = [-(-count // unit) * unit for count in job.page.experts(num_local)]
     assert outputs is not None
     job.is_in_step = True
+    outputs.own()
     job.count(outputs.is_windowed, "dispatch")
     return DispatchOutcome(
         recv_x=outputs.rows(request.x),
@@ -115,37 +127,22 @@ def dispatch(job: Job, turn: CudaTurn, request: DispatchRequest) -> DispatchOutc
     )
 
 
-def _cached(job: Job, turn: CudaTurn, request: DispatchRequest, sizes: Sizes) -> DispatchOutcome:
+def _cached(job: Job, turn: CudaTurn, request: DispatchRequest, plan: _MovePlan) -> DispatchOutcome:
     handle = request.handle
     assert handle is not None
     turn.pin(handle.send_pos, handle.rank_prefix_matrix)
-    job.window.cut(sizes.slot.num_bytes)
-    outputs = Outputs(job, turn, sizes, handle.num_rows, False)
+    outputs = Outputs.of(job, turn, plan.sizes, handle.num_rows, False)
     turn.has_entered = True
-    _move(job, turn, request, sizes, outputs, handle.send_pos, handle.rank_prefix_matrix, handle.dispatch_id, True)
+    _move(job, turn, request, plan, outputs, handle.send_pos, handle.rank_prefix_matrix, handle.dispatch_id, True)
+    outputs.own()
     job.count(outputs.is_windowed, "dispatch")
-    return DispatchOutcome(
-        recv_x=outputs.rows(request.x),
-        recv_scales=outputs.scales(request.scales),
-        recv_topk_idx=None,
-        recv_topk_weights=None,
-        num_recv_tokens_per_expert=[],
-        rank_prefix_matrix=handle.rank_prefix_matrix,
-        recv_src_idx=handle.recv_src_idx,
-        is_token_in_rank=handle.is_token_in_rank,
-        forward_mask=None,
-        forward_counts=None,
-        dispatch_id=handle.dispatch_id,
-        num_dropped=0,
-        num_sent=None,
-        send_pos=handle.send_pos,
-    )
+    return DispatchOutcome(outputs.rows(request.x), outputs.scales(request.scales))
 
 
 def _outputs_in_advance(job: Job, turn: CudaTurn, sizes: Sizes, num_worst_tokens: int) -> Outputs | None:
     """Outputs for as many rows as there will be at most, or as there are likely to be, if the arena has room."""
     if num_worst_tokens:
-        return Outputs(job, turn, sizes, num_worst_tokens, True)
+        return Outputs.of(job, turn, sizes, num_worst_tokens, True)
     return Outputs.in_arena(job, turn, sizes, job.forecast.rows) if job.forecast.rows else None
 
 
@@ -153,7 +150,7 @@ def _await_counts(
     job: Job,
     turn: CudaTurn,
     request: DispatchRequest,
-    sizes: Sizes,
+    plan: _MovePlan,
     outputs: Outputs | None,
     send_pos: ArrayView,
     prefix: ArrayView,
@@ -172,12 +169,12 @@ def _await_counts(
         return outputs
     # All ranks come here, or those without outputs do while the others move. From here to the launch the GPU is idle.
     try:
-        outputs = Outputs(job, turn, sizes, num_received, True)
+        outputs = Outputs.of(job, turn, plan.sizes, num_received, True)
     except Exception:  # no memory: the others are on their way, and must not wait for this rank
         reject_move(job, turn)
         job.is_in_step = True
         raise
-    _move(job, turn, request, sizes, outputs, send_pos, prefix, tag, True)
+    _move(job, turn, request, plan, outputs, send_pos, prefix, tag, True)
     return outputs
 
 
@@ -187,8 +184,7 @@ def _exchange(
     marks, per_rank, per_expert = request.is_token_in_rank, request.num_tokens_per_rank, request.num_tokens_per_expert
     agreed = dispatch_values(request)
     tag = job.next_tag()
-    job.launch.exchange(
-        turn.stream,
+    fields = (
         marks.ptr,
         per_rank.ptr if per_rank is not None else 0,
         per_expert.ptr if per_expert is not None else 0,
@@ -203,14 +199,54 @@ def _exchange(
         *(value & 0xFFFFFFFF for value in agreed),
         *[0] * (NUM_AGREED - len(agreed)),
     )
+    job.launch.exchange(turn.stream, fields)
     return tag
+
+
+class _MovePlan:
+    """What a move needs apart from addresses and the number of received rows. Made once for all that are alike.
+
+    Attributes:
+        shapes: of the launch, by whether outputs are filled through the window.
+        payload: what the ranks agree on about their rows.
+        strides: of the scales.
+        window, slot_fields, rows: fields of the kernel.
+
+    Raises:
+        CapacityError: the window has no room for a row.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        x: ArraySpec,
+        scales: ArraySpec | None,
+        topk_idx: ArraySpec | None,
+        topk_weights: ArraySpec | None,
+        num_experts: int,
+        num_sms: int,
+    ) -> None:
+        self.sizes = sizes = Sizes.of(x, scales, topk_idx, topk_weights)
+        self.blocks = job.placement.blocks(num_sms)
+        self.window = job.window.cut(sizes.slot.num_bytes)
+        self.payload = dispatch_payload(x, scales)
+        self.slot_fields = sizes.slot.fields
+        self.strides = (0, 0) if scales is None else (*scales.strides, 0)[:2]
+        self.shapes = [
+            kernel.shape(
+                sizes.row_bytes, job.launch.stage_memory, self.blocks * job.placement.ranks_on_gpu, is_windowed
+            )
+            for is_windowed in (False, True)
+        ]
+        num_local = num_experts // job.size
+        self.rows = (sizes.num_scales, sizes.scale_bytes, sizes.num_topk, sizes.index_bytes, num_local)
 
 
 def _move(
     job: Job,
     turn: CudaTurn,
     request: DispatchRequest,
-    sizes: Sizes,
+    plan: _MovePlan,
     outputs: Outputs,
     send_pos: Any,
     prefix: Any,
@@ -219,26 +255,19 @@ def _move(
 ) -> None:
     """Launch the move. Unless it is forced, the last exchange says whether it moves anything."""
     scales, topk_idx, weights = request.scales, request.topk_idx, request.topk_weights
-    blocks, slot = job.placement.blocks(request.num_sms), sizes.slot
-    shape = kernel.shape(
-        sizes.row_bytes, job.launch.stage_memory, blocks * job.placement.ranks_on_gpu, outputs.is_windowed
-    )
-    strides = (0, 0) if scales is None else (scales.strides[0], scales.strides[1] if len(scales.strides) > 1 else 0)
-    agreed = cached_dispatch_values(request, dispatch_id)
-    job.launch.dispatch(
-        turn.stream,
-        blocks,
-        shape,
-        *job.window.cut(slot.num_bytes),
+    shape = plan.shapes[outputs.is_windowed]
+    agreed = values_with_handle(plan.payload, dispatch_id, request.config)
+    fields = (
+        *plan.window,
         *outputs.offsets,
-        sizes.num_tokens,
+        plan.sizes.num_tokens,
         0,
         *agreed,
-        *[0] * (NUM_ENTRY_AGREED - len(agreed)),
-        *slot.fields,
+        *_NOTHING[len(agreed) :],
+        *plan.slot_fields,
         request.x.ptr,
         0 if scales is None else scales.ptr,
-        *strides,
+        *plan.strides,
         0 if topk_idx is None else topk_idx.ptr,
         0 if weights is None else weights.ptr,
         send_pos.ptr,
@@ -246,15 +275,12 @@ def _move(
         *outputs.addresses,
         *shape.pieces,
         shape.pieces.piece_bytes,
-        sizes.num_scales,
-        sizes.scale_bytes,
-        sizes.num_topk,
-        sizes.index_bytes,
-        request.num_experts // job.size,
+        *plan.rows,
         request.num_worst_tokens,
         is_forced,
-        sizes.has_weights,
+        plan.sizes.has_weights,
     )
+    job.launch.dispatch(turn.stream, plan.blocks, shape, fields)
 
 
 def _raise_answers(job: Job) -> None:
@@ -288,7 +314,7 @@ def _rejection(job: Job, status: list[int], own: str) -> PeerError:
 def reject_exchange(job: Job, turn: CudaTurn, error: Exception) -> None:
     """Take part in the exchange of a dispatch only to tell the peers that this rank's input is bad."""
     tag = job.next_tag()
-    job.launch.exchange(turn.stream, *_NO_MARKS, _STATUS_REJECTED, tag, True, 0, *(0,) * NUM_AGREED)
+    job.launch.exchange(turn.stream, (*_NO_MARKS, _STATUS_REJECTED, tag, True, 0, *(0,) * NUM_AGREED))
     job.page.await_tag(tag, job.check_job)
     _rejection(job, job.page.status().tolist(), str(error) or repr(error))
 
@@ -296,10 +322,7 @@ def reject_exchange(job: Job, turn: CudaTurn, error: Exception) -> None:
 def reject_move(job: Job, turn: CudaTurn) -> None:
     """Enter the move of a dispatch only to say that this rank cannot take part."""
     shape, slot = kernel.shape(16, job.launch.stage_memory, job.placement.ranks_on_gpu, False), kernel.slot(16, 0, 0, 0)
-    job.launch.dispatch(
-        turn.stream,
-        1,
-        shape,
+    fields = (
         *job.window.cut(slot.num_bytes),
         REJECTED,
         NO_BLOCK,
@@ -313,3 +336,4 @@ def reject_move(job: Job, turn: CudaTurn) -> None:
         True,
         False,
     )
+    job.launch.dispatch(turn.stream, 1, shape, fields)

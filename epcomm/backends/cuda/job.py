@@ -6,8 +6,9 @@ import contextlib
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from epcomm.backends.cuda.forecast import Forecast
 from epcomm.backends.cuda.launcher import SCRATCH_BYTES, Launcher
@@ -26,6 +27,8 @@ from epcomm.kernels.window import WINDOW_BYTES, Window
 from epcomm.memory import BlockPool, CudaTimeline, LocalPool, SymmetricMemory, close_or_park, sweep
 
 __all__ = ["Job", "Settings"]
+
+_Plan = TypeVar("_Plan")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Job:
         comm: all ranks, on one host.
         topology: of the job.
         settings: of the Buffer.
+
+    Attributes:
+        has_low_latency: there are low-latency operations, and `low_latency`.
 
     Raises:
         UnsupportedOption: several nodes, or too many ranks.
@@ -95,7 +101,8 @@ class Job:
         self._has_warned = False
         self.is_in_step = True  # False between an exchange and the move behind it, where peers count on this rank
         self._num_exchanges = 0
-        self._arena_views: weakref.WeakSet[object] = weakref.WeakSet()
+        self._plans: dict[tuple[Any, ...], Any] = {}
+        self._region_owner: Callable[[], object] = lambda: None
         self._is_closed = False
         comm.barrier()
 
@@ -105,12 +112,12 @@ class Job:
         self.page = HostPage(self.cupy, self.rank, self.size, timeout_s, self.in_process)
         self.timeline = CudaTimeline(self.device)
         self.outputs = LocalPool(self.device, self.timeline, may_synchronize=not self.in_process)
-        scratch = self.outputs.allocate(SCRATCH_BYTES, self.streams.own)
+        scratch = self.outputs.allocate(SCRATCH_BYTES, self.streams.own.ptr)
         assert scratch is not None  # that pool grows
         self._scratch = scratch
         # Not in the default stream: kernels of other ranks of this process may be waiting for this one.
-        self.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own)
-        self.runtime.streamSynchronize(self.streams.own)
+        self.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own.ptr)
+        self.runtime.streamSynchronize(self.streams.own.ptr)
         self.launch = Launcher(cubins, architecture, self.device, self._scratch.ptr)
 
     def _share_memory(self, cubins: Mapping[Program, bytes], settings: Settings) -> None:
@@ -126,11 +133,11 @@ class Job:
         timeout_ns = int(timeout_s * 1e9)
         fixed = comm_bytes(self._memory.bases, self.page.address, region_bytes, timeout_ns, self.rank, self.size)
         self.launch.set_comm(fixed)
-        self._low_latency: LowLatency | None = None
+        self.has_low_latency = settings.low_latency_mode
         if settings.low_latency_mode:
             area = Area(area_offset, settings.num_low_latency_bytes, self.size)
             kernels = LowLatencyLauncher(cubins, self.device, fixed)
-            self._low_latency = LowLatency(self.comm, self.device, area, kernels, settings.masks_on_timeout, timeout_s)
+            self.low_latency = LowLatency(self.comm, self.device, area, kernels, settings.masks_on_timeout, timeout_s)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -146,22 +153,30 @@ class Job:
         for pool in (self.arena, self.outputs):
             pool.note_reader(ptr, stream, keep)
 
-    def note_arena_view(self, owner: object) -> None:
-        """The arena must stay as long as `owner`."""
-        self._arena_views.add(owner)
-
-    @property
-    def has_low_latency(self) -> bool:
-        """Whether there are low-latency operations."""
-        return self._low_latency is not None
-
-    @property
-    def low_latency(self) -> LowLatency:
-        """Of a Buffer with low_latency_mode; the Buffer has checked that."""
-        assert self._low_latency is not None
-        return self._low_latency
+    def region_owner(self) -> object:
+        """The owner of views of this rank's memory that are no blocks: the memory stays as long as they."""
+        owner = self._region_owner()
+        if owner is None:
+            owner = _RegionOwner()
+            self._region_owner = weakref.ref(owner)
+        return owner
 
     # -- bookkeeping ----------------------------------------------------------------------------------------------
+
+    def plan(self, kind: Callable[..., _Plan], *terms: Any) -> _Plan:
+        """``kind(job, *terms)``, made once: what calls have in common that differ in addresses only.
+
+        Args:
+            kind: makes a plan.
+            terms: what it depends on: `ArraySpec`, sizes, options.
+        """
+        key = (kind, *terms)
+        plan: _Plan | None = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MANY_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = kind(self, *terms)
+        return plan
 
     def next_tag(self) -> int:
         """Number of the next exchange, never 0; equal on all ranks, which make the same calls, rejected ones too."""
@@ -170,7 +185,7 @@ class Job:
 
     def count(self, is_windowed: bool, operation: str) -> None:
         """Count a call; the first output without room in the arena is worth a warning."""
-        self.counters[f"{operation}_by_window" if is_windowed else f"{operation}_in_arena"] += 1
+        self.counters[operation + ("_by_window" if is_windowed else "_in_arena")] += 1
         if is_windowed and operation == "dispatch" and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -201,15 +216,19 @@ class Job:
             self.streams.release()
             del self._scratch
             close_or_park(self.outputs, self.outputs.release)
-            if (
-                not self.page.failed and not self._arena_views
-            ):  # after a failure late peers may still write: keep it until the process ends
+            # After a failure late peers may still write: keep the memory until the process ends.
+            if not self.page.failed and self._region_owner() is None:
                 close_or_park(self.arena, self._close_memory)
 
     def _close_memory(self) -> None:
         self._memory.close()
-        if self._low_latency is not None:
-            self._low_latency.close()
+        if self.has_low_latency:
+            self.low_latency.close()
+
+
+class _RegionOwner:
+    """See `Job.region_owner`."""
 
 
 _dropped: list[Job] = []
+_MANY_PLANS = 1024

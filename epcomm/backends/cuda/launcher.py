@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from epcomm.errors import CapacityError
 from epcomm.jit import Kernel, Program, max_shared_bytes
@@ -59,26 +59,26 @@ class Launcher:
         self._combine_arguments = Arguments(fixed, combine.FIELDS)
         self._barrier_arguments = Arguments(fixed, barrier.FIELDS)
 
-    def layout(self, stream: int, num_tokens: int, num_counts: int, *fields: int) -> None:
+    def layout(self, stream: int, num_tokens: int, num_counts: int, fields: Sequence[int]) -> None:
         """`fields`: those of `dispatch_layout.FIELDS` before and after ``partial, ticket``."""
         if num_counts * 4 > _MAX_LAYOUT_BYTES:
             raise CapacityError(
                 "num_experts", got=f"{num_counts} counts", wanted=f"at most {_MAX_LAYOUT_BYTES // 4} experts and ranks"
             )
         blocks = min(dispatch_layout.num_blocks(num_tokens), (SCRATCH_BYTES - UNIT) // (4 * num_counts))
-        arguments = self._layout_arguments.fill(*fields[:5], self._scratch + UNIT, self._scratch, *fields[5:])
+        arguments = self._layout_arguments.fill((*fields[:5], self._scratch + UNIT, self._scratch, *fields[5:]))
         self._layout.launch(blocks, dispatch_layout.THREADS, 4 * num_counts, stream, arguments)
 
-    def exchange(self, stream: int, *fields: int) -> None:
-        self._exchange.launch(1, exchange.THREADS, 0, stream, self._exchange_arguments.fill(*fields))
+    def exchange(self, stream: int, fields: Sequence[int]) -> None:
+        self._exchange.launch(1, exchange.THREADS, 0, stream, self._exchange_arguments.fill(fields))
 
-    def dispatch(self, stream: int, blocks: int, shape: dispatch.Shape, *fields: int) -> None:
-        arguments = self._dispatch_arguments.fill(*fields)
+    def dispatch(self, stream: int, blocks: int, shape: dispatch.Shape, fields: Sequence[int]) -> None:
+        arguments = self._dispatch_arguments.fill(fields)
         self._dispatch.launch(blocks, shape.threads, shape.shared_bytes, stream, arguments)
 
-    def combine(self, stream: int, dtype: str, blocks: int, shape: combine.Shape, *fields: int) -> None:
-        arguments = self._combine_arguments.fill(*fields)
+    def combine(self, stream: int, dtype: str, blocks: int, shape: combine.Shape, fields: Sequence[int]) -> None:
+        arguments = self._combine_arguments.fill(fields)
         self._combine[dtype].launch(blocks, shape.threads, shape.shared_bytes, stream, arguments)
 
     def barrier(self, stream: int) -> None:
-        self._barrier.launch(1, barrier.THREADS, 0, stream, self._barrier_arguments.fill())
+        self._barrier.launch(1, barrier.THREADS, 0, stream, self._barrier_arguments.fill(()))

@@ -2,138 +2,235 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 
-from epcomm.arrays import ArrayView
 from epcomm.backends.agreement import low_latency_combine_values, low_latency_dispatch_values
 from epcomm.backends.cuda.job import Job
-from epcomm.backends.cuda.slots import Ring
-from epcomm.backends.cuda.turn import CudaTurn
+from epcomm.backends.cuda.slots import LowLatency, Ring
+from epcomm.backends.cuda.turn import BlockLayout, CudaTurn, output_spec
 from epcomm.backends.protocol import (
     LowLatencyCombineRequest,
+    LowLatencyCombineTerms,
     LowLatencyDispatchOutcome,
     LowLatencyDispatchRequest,
+    LowLatencyDispatchTerms,
 )
 from epcomm.config import (
     COMBINE_LANES,
+    LowLatencyNeed,
     low_latency_bytes,
-    low_latency_combine_offset,
+    low_latency_combine_need,
+    low_latency_combine_pieces,
+    low_latency_dispatch_need,
+    low_latency_dispatch_pieces,
     low_latency_row_stride,
-    low_latency_rows_offset,
 )
-from epcomm.errors import CapacityError, UnsupportedOption
+from epcomm.errors import CapacityError
+from epcomm.kernels import low_latency_combine as combine_kernel
 from epcomm.kernels import low_latency_dispatch as kernel
+from epcomm.kernels.arguments import divisor
 from epcomm.kernels.layout import MAX_LOCAL_EXPERTS, MAX_RANKS, NUM_ENTRY_AGREED
-from epcomm.kernels.low_latency import RECEIVE, SEND, THREADS, piece_bytes
-from epcomm.numerics import BFLOAT16, FP8_BLOCK, FP8_E4M3, num_packed_scales
+from epcomm.kernels.low_latency import MAX_EXPERTS, MAX_TOKENS, RECEIVE, SEND
+from epcomm.numerics import BFLOAT16, FP8_BLOCK, FP8_E4M3, logfmt_row_bytes, num_packed_scales
 
 __all__ = ["combine", "dispatch", "reject_combine", "reject_dispatch"]
 
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
-_CASTS = (kernel.BF16, kernel.FP8, kernel.FP8_POWER_OF_TWO, kernel.FP8_EXPONENTS)
-_NOTHING = (0,) * NUM_ENTRY_AGREED
-_MAX_CAST_BYTES = 2048  # of x, that a warp takes at once to cast it
+_SCALES = (kernel.EXACT, kernel.POWER_OF_TWO, kernel.EXPONENTS)
+_NOTHING = (0,) * (2 + NUM_ENTRY_AGREED)
+_VALUES = struct.Struct(f"<{NUM_ENTRY_AGREED}I")
+_DIGEST_BITS = 0x7FFFFFFE  # one bit of a word tells how rows travel; with the first one it means something else
 
 Receive = Callable[[CudaTurn], None]
+
+
+class _DispatchPlan:
+    """What a dispatch needs apart from addresses. Made once for all that are alike, see `Job.plan`.
+
+    Attributes:
+        rows: the large arrays of `LowLatencyDispatchOutcome`: recv_x and, with fp8, recv_scales.
+        beside: the others, which a handle keeps for longer: recv_count, src_info, recv_ranges, send_info, messages,
+            num_messages.
+        before, after: fields of the kernel, between the slot's and the addresses, and behind those.
+    """
+
+    def __init__(self, job: Job, terms: LowLatencyDispatchTerms) -> None:
+        _check_dispatch(job, terms)
+        area, hidden, num_topk, use_fp8 = job.low_latency.area, terms.hidden, terms.num_topk, terms.use_fp8
+        num_local, max_tokens = terms.num_experts // job.size, terms.num_max_dispatch_tokens_per_rank
+        pieces = low_latency_dispatch_pieces(hidden, max_tokens, use_fp8)
+        words = kernel.num_words(terms.num_tokens, num_local, job.size, num_topk)
+        self.use_fp8 = use_fp8
+        self.blocks = job.placement.blocks(terms.num_sms)
+        self.shared_bytes = kernel.shared_bytes(num_local, job.size, num_topk, words)
+        self.before = (
+            *_agreed(low_latency_dispatch_values(terms)),
+            area.row_lane_bytes,
+            area.cell_lane_bytes,
+            low_latency_row_stride(hidden, use_fp8),
+        )
+        self.after = (
+            *divisor(num_topk),
+            *divisor(num_local),
+            *divisor(pieces.num_pieces),
+            _SCALES[terms.round_scale + terms.use_ue8m0],
+            *pieces,
+            words,
+            hidden,
+            terms.num_tokens,
+            num_topk,
+            terms.index_bytes,
+            num_local,
+            max_tokens,
+        )
+        max_rows, device = job.size * max_tokens, job.device
+        rows = [output_spec((num_local, max_rows, hidden), FP8_E4M3 if use_fp8 else BFLOAT16, device)]
+        if use_fp8:  # scales have the token dimension fastest in memory
+            width = num_packed_scales(hidden) if terms.use_ue8m0 else hidden // FP8_BLOCK
+            dtype, strides = _INT32 if terms.use_ue8m0 else _FLOAT32, (width * max_rows, 1, max_rows)
+            rows.append(output_spec((num_local, max_rows, width), dtype, device, strides))
+        self.rows = BlockLayout(*rows)
+        beside = (
+            (num_local,),
+            (num_local, max_rows),
+            (num_local, job.size, 2),
+            (terms.num_tokens, num_topk, 2),
+            (job.size, max_tokens, 1 + num_topk),
+            (job.size,),
+        )
+        self.beside = BlockLayout(*[output_spec(shape, _INT32, device) for shape in beside])
 
 
 def dispatch(job: Job, turn: CudaTurn, request: LowLatencyDispatchRequest) -> tuple[LowLatencyDispatchOutcome, Receive]:
     """The send half, and the receive half too unless it is postponed. Does not wait for anybody on the host."""
     low = job.low_latency
     slot = low.dispatches.next_slot()
-    _check_dispatch(job, request)
-    outcome = _allocate(job, turn, request)
-    x, topk_idx, num_local = request.x, request.topk_idx, request.num_experts // job.size
-    (num_tokens, hidden), max_tokens = x.shape, request.num_max_dispatch_tokens_per_rank
-    row_stride = low_latency_row_stride(hidden, request.use_fp8)
-    blocks = job.placement.blocks(request.num_sms)
-    num_warps = blocks * THREADS // 32
-    send_bytes = piece_bytes(2 * hidden, num_tokens, num_warps, *([_MAX_CAST_BYTES] if request.use_fp8 else []))
-    fields = (
-        *_agreed(low_latency_dispatch_values(request)),
-        low.area.lane_bytes,
-        low_latency_rows_offset(max_tokens, num_local),
-        row_stride,
-        x.ptr,
-        topk_idx.ptr,
-        *_addresses(outcome.send_pos, outcome.recv_x, outcome.recv_scales, outcome.recv_count, outcome.src_info),
-        *_addresses(outcome.recv_ranges, outcome.send_begin, request.expert_stats, request.wait_stats),
-        _CASTS[request.use_fp8 + request.round_scale + request.use_ue8m0],
-        send_bytes // 16,
-        piece_bytes(hidden * (1 if request.use_fp8 else 2), num_tokens * job.size, num_warps),
-        hidden,
-        num_tokens,
-        topk_idx.shape[1],
-        topk_idx.dtype.itemsize,
-        num_local,
-        max_tokens,
-        0,
-    )
-    shared_bytes = kernel.shared_bytes(num_local, job.size)
+    plan = job.plan(_DispatchPlan, request.terms)
+    recv_x, *scales = turn.new_arrays(plan.rows)
+    recv_scales = scales[0] if scales else None
+    recv_count, src_info, recv_ranges, send_info, messages, num_messages = turn.new_arrays(plan.beside)
 
     def launch(stream: int, halves: int) -> None:
-        low.launch.dispatch(stream, blocks, shared_bytes, *low.slot_fields(low.dispatches, slot, halves), *fields)
+        fields = (
+            *low.slot_fields(low.dispatches, slot, halves),
+            *plan.before,
+            request.x.ptr,
+            request.topk_idx.ptr,
+            send_info.ptr,
+            recv_x.ptr,
+            0 if recv_scales is None else recv_scales.ptr,
+            recv_count.ptr,
+            src_info.ptr,
+            recv_ranges.ptr,
+            messages.ptr,
+            num_messages.ptr,
+            0 if request.expert_stats is None else request.expert_stats.ptr,
+            0 if request.wait_stats is None else request.wait_stats.ptr,
+            *plan.after,
+        )
+        low.launch.dispatch(stream, plan.use_fp8, plan.blocks, plan.shared_bytes, fields)
 
-    return outcome, _launch_halves(low.dispatches, slot, turn, request.is_postponed, launch)
+    outcome = LowLatencyDispatchOutcome(
+        recv_x, recv_scales, recv_count, src_info, recv_ranges, send_info, messages, num_messages
+    )
+    return outcome, _launch_halves(low, low.dispatches, slot, turn, request.is_postponed, launch)
+
+
+class _CombinePlan:
+    """What a combine needs apart from addresses. Made once for all that are alike, see `Job.plan`.
+
+    Attributes:
+        payload: what travels, see the kernel.
+        blocks, send_blocks: of a launch, and of one that only sends.
+        agreed, after: fields of the kernel, before and behind the addresses.
+    """
+
+    def __init__(self, job: Job, terms: LowLatencyCombineTerms) -> None:
+        _check_combine(job, terms)
+        hidden, max_tokens = terms.hidden, terms.num_max_dispatch_tokens_per_rank
+        num_local, pieces = terms.num_experts // job.size, low_latency_combine_pieces(hidden, max_tokens)
+        self.payload = _payload(terms)
+        is_pulled = terms.zero_copy and self.payload == combine_kernel.ROWS
+        self.blocks = job.placement.blocks(terms.num_sms)
+        # Whoever only says where its rows are does that in one block.
+        self.send_blocks = 1 if is_pulled else self.blocks
+        self.shared_bytes = combine_kernel.shared_bytes(self.payload, terms.num_experts)
+        self.agreed = _agreed(low_latency_combine_values(terms))
+        self.after = (
+            2 * hidden,
+            logfmt_row_bytes(hidden) if terms.use_logfmt else 2 * hidden,
+            *pieces,
+            is_pulled,
+            terms.num_tokens,
+            terms.num_topk,
+            terms.index_bytes,
+            num_local,
+            max_tokens,
+            *divisor(num_local),
+            *divisor(pieces.num_pieces),
+        )
 
 
 def combine(job: Job, turn: CudaTurn, request: LowLatencyCombineRequest) -> Receive:
     """The send half, and the receive half too unless it is postponed. Does not wait for anybody on the host."""
     low, handle = job.low_latency, request.handle
     slot = low.combines.next_slot()
-    if request.use_logfmt or request.pre_reduce:
-        raise UnsupportedOption("use_logfmt" if request.use_logfmt else "pre_reduce", got="True", wanted="False")
-    _check_combine(job, request)
-    turn.pin(handle.recv_ranges, handle.send_pos, handle.send_begin)
-    topk_idx, num_topk, row_bytes = request.topk_idx, request.topk_idx.shape[1], 2 * handle.hidden
-    num_local, max_rows = handle.src_info.shape
-    blocks = job.placement.blocks(request.num_sms)
-    num_warps = blocks * THREADS // 32
-    fields = (
-        *_agreed(low_latency_combine_values(request)),
-        *low.combine_addresses(slot),
-        low_latency_combine_offset(handle.num_experts),
-        *_addresses(request.x, topk_idx, request.topk_weights, handle.send_pos, handle.recv_ranges, handle.send_begin),
-        *_addresses(request.out, request.wait_stats),
-        row_bytes,
-        piece_bytes(row_bytes, handle.num_tokens * num_topk, num_warps),
-        piece_bytes(row_bytes, handle.num_tokens, num_warps),
-        request.zero_copy,
-        handle.num_tokens,
-        num_topk,
-        topk_idx.dtype.itemsize,
-        num_local,
-        max_rows,
-        0,
-    )
+    plan = job.plan(_CombinePlan, request.terms)
+    turn.pin(handle.recv_ranges, handle.send_info, handle.messages, handle.num_messages)
+    buffers = low.combine_addresses[slot]  # when the receive half is launched there may be others
 
     def launch(stream: int, halves: int) -> None:
-        # Whoever only says where its rows are does that in one block.
-        few = 1 if request.zero_copy and halves == SEND else blocks
-        low.launch.combine(stream, few, *low.slot_fields(low.combines, slot, halves), *fields)
+        fields = (
+            *low.slot_fields(low.combines, slot, halves),
+            *plan.agreed,
+            *buffers,
+            request.x.ptr,
+            request.topk_idx.ptr,
+            request.topk_weights.ptr,
+            handle.send_info.ptr,
+            handle.recv_ranges.ptr,
+            handle.messages.ptr,
+            handle.num_messages.ptr,
+            request.out.ptr,
+            0 if request.wait_stats is None else request.wait_stats.ptr,
+            *plan.after,
+        )
+        blocks = plan.send_blocks if halves == SEND else plan.blocks
+        low.launch.combine(stream, plan.payload, blocks, plan.shared_bytes, fields)
 
-    return _launch_halves(low.combines, slot, turn, request.is_postponed, launch)
+    return _launch_halves(low, low.combines, slot, turn, request.is_postponed, launch)
 
 
 def _launch_halves(
-    ring: Ring, slot: int, turn: CudaTurn, is_postponed: bool, launch: Callable[[int, int], None]
+    low: LowLatency, ring: Ring, slot: int, turn: CudaTurn, is_postponed: bool, launch: Callable[[int, int], None]
 ) -> Receive:
     """Launch the send half, or both; what launches the receive half."""
+    combine_slot = slot if ring is low.combines else None
     turn.has_entered = True
     launch(turn.stream, SEND if is_postponed else SEND | RECEIVE)
+    if combine_slot is not None:
+        low.pulls.note_combine(slot, is_postponed, turn.capture)
     if not is_postponed:
         ring.pass_over(slot)
-        return lambda _: None
+        low.pulls.note_received(turn.capture, combine_slot)
+        return _received
     number = ring.take(slot)
 
     def receive(later: CudaTurn) -> None:
         ring.give_back(slot, number)
         later.use_outputs_of(turn)
         launch(later.stream, RECEIVE)
+        low.pulls.note_received(later.capture, combine_slot)
 
     return receive
+
+
+def _received(later: CudaTurn) -> None:
+    """The receive half was launched with the send half."""
 
 
 def reject_dispatch(job: Job, turn: CudaTurn) -> None:
@@ -141,7 +238,7 @@ def reject_dispatch(job: Job, turn: CudaTurn) -> None:
     low = job.low_latency
     slot = low.dispatches.next_slot()
     fields = low.slot_fields(low.dispatches, slot, SEND | RECEIVE, is_rejected=True)
-    low.launch.dispatch(turn.stream, 1, 0, *fields, *_NOTHING, *(0,) * 24)
+    low.launch.dispatch(turn.stream, False, 1, 0, (*fields, *_NOTHING, *(0,) * 31))
     low.dispatches.pass_over(slot)
 
 
@@ -150,69 +247,53 @@ def reject_combine(job: Job, turn: CudaTurn) -> None:
     low = job.low_latency
     slot = low.combines.next_slot()
     fields = low.slot_fields(low.combines, slot, SEND | RECEIVE, is_rejected=True)
-    low.launch.combine(turn.stream, 1, *fields, *_NOTHING, *(0,) * (MAX_RANKS + 19))
+    low.launch.combine(turn.stream, combine_kernel.ROWS, 1, 0, (*fields, *_NOTHING, *(0,) * (MAX_RANKS + 23)))
     low.combines.pass_over(slot)
 
 
+def _payload(terms: LowLatencyCombineTerms) -> int:
+    if terms.use_logfmt:
+        return combine_kernel.ENCODED_ROWS
+    return combine_kernel.PARTIAL_SUMS if terms.pre_reduce else combine_kernel.ROWS
+
+
 def _agreed(values: tuple[int, ...]) -> tuple[int, ...]:
-    return (*values, *_NOTHING[len(values) :])
+    """What ranks compare: a digest, and the values, which they look at when the digests differ."""
+    padded = (*values, *(0,) * (NUM_ENTRY_AGREED - len(values)))
+    return zlib.crc32(_VALUES.pack(*padded)) & _DIGEST_BITS, 0, *padded
 
 
-def _addresses(*arrays: ArrayView | None) -> tuple[int, ...]:
-    return tuple([0 if array is None else array.ptr for array in arrays])
-
-
-def _check_dispatch(job: Job, request: LowLatencyDispatchRequest) -> None:
+def _check_dispatch(job: Job, terms: LowLatencyDispatchTerms) -> None:
     """Raise CapacityError for sizes that the kernel, or the area, has no room for."""
-    max_tokens, num_local = request.num_max_dispatch_tokens_per_rank, request.num_experts // job.size
-    if max_tokens > kernel.MAX_TOKENS:
+    max_tokens, num_local = terms.num_max_dispatch_tokens_per_rank, terms.num_experts // job.size
+    if max_tokens > MAX_TOKENS:
+        raise CapacityError("num_max_dispatch_tokens_per_rank", got=str(max_tokens), wanted=f"at most {MAX_TOKENS}")
+    if num_local > MAX_LOCAL_EXPERTS or terms.num_experts > MAX_EXPERTS:
         raise CapacityError(
-            "num_max_dispatch_tokens_per_rank", got=str(max_tokens), wanted=f"at most {kernel.MAX_TOKENS}"
+            "num_experts",
+            got=f"{terms.num_experts}, {num_local} a rank",
+            wanted=f"at most {MAX_EXPERTS}, {MAX_LOCAL_EXPERTS} a rank",
         )
-    most = min(MAX_LOCAL_EXPERTS, kernel.MAX_SHARED_BYTES // kernel.shared_bytes(1, job.size))
-    if num_local > most:
-        raise CapacityError("num_experts", got=f"{num_local} a rank", wanted=f"at most {most} a rank")
-    hidden = request.x.shape[1]
-    before = low_latency_rows_offset(max_tokens, num_local)
-    needed = before + max_tokens * low_latency_row_stride(hidden, request.use_fp8)
-    if needed > job.low_latency.area.lane_bytes:
-        _no_room(job, max_tokens, hidden, request.num_experts, COMBINE_LANES)
+    hidden, num_topk = terms.hidden, terms.num_topk
+    need = low_latency_dispatch_need(max_tokens, hidden, job.size, terms.num_experts, num_topk, terms.use_fp8)
+    _check_room(job, need, max_tokens, hidden, terms.num_experts, num_topk)
 
 
-def _check_combine(job: Job, request: LowLatencyCombineRequest) -> None:
+def _check_combine(job: Job, terms: LowLatencyCombineTerms) -> None:
     """Raise CapacityError where the rows of all choices have no room."""
-    handle, num_topk = request.handle, request.topk_idx.shape[1]
-    max_tokens = handle.num_max_dispatch_tokens_per_rank
-    needed = low_latency_combine_offset(handle.num_experts) + max_tokens * num_topk * 2 * handle.hidden
-    if needed > job.low_latency.area.combine_slot(0).num_bytes:
-        _no_room(job, max_tokens, handle.hidden, handle.num_experts, num_topk)
+    max_tokens, hidden, num_topk = terms.num_max_dispatch_tokens_per_rank, terms.hidden, terms.num_topk
+    need = low_latency_combine_need(max_tokens, hidden, job.size, terms.num_experts, num_topk, terms.pre_reduce)
+    _check_room(job, need, max_tokens, hidden, terms.num_experts, num_topk)
 
 
-def _no_room(job: Job, max_tokens: int, hidden: int, num_experts: int, num_topk: int) -> None:
+def _check_room(job: Job, need: LowLatencyNeed, max_tokens: int, hidden: int, num_experts: int, num_topk: int) -> None:
+    area = job.low_latency.area
+    if need.rows <= area.row_lane_bytes and need.cells <= area.cell_lane_bytes:
+        return
     needed = low_latency_bytes(max_tokens, hidden, job.size, num_experts, num_topk=max(num_topk, COMBINE_LANES))
     raise CapacityError(
         "num_rdma_bytes",
-        got=f"{job.low_latency.area.num_bytes} bytes",
+        got=f"{area.num_bytes} bytes",
         wanted=f"at least {needed} for {max_tokens} tokens of {hidden} channels and {num_topk} choices",
         do="size the Buffer with get_low_latency_rdma_size_hint",
-    )
-
-
-def _allocate(job: Job, turn: CudaTurn, request: LowLatencyDispatchRequest) -> LowLatencyDispatchOutcome:
-    """Outputs of the documented shapes; scales with the token dimension fastest in memory."""
-    num_local, hidden = request.num_experts // job.size, request.x.shape[1]
-    max_rows = job.size * request.num_max_dispatch_tokens_per_rank
-    scales = None
-    if request.use_fp8:
-        width = num_packed_scales(hidden) if request.use_ue8m0 else hidden // FP8_BLOCK
-        memory = turn.new((num_local, width, max_rows), _INT32 if request.use_ue8m0 else _FLOAT32)
-        scales = turn.transposed(memory)
-    return LowLatencyDispatchOutcome(
-        recv_x=turn.new((num_local, max_rows, hidden), FP8_E4M3 if request.use_fp8 else BFLOAT16),
-        recv_scales=scales,
-        recv_count=turn.new((num_local,), _INT32),
-        src_info=turn.new((num_local, max_rows), _INT32),
-        recv_ranges=turn.new((num_local, job.size, 2), _INT32),
-        send_pos=turn.new(request.topk_idx.shape, _INT32),
-        send_begin=turn.new((num_local, job.size), _INT32),
     )

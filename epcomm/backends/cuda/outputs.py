@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from epcomm.arrays import ArrayView
+from epcomm.arrays import ArraySpec, ArrayView
 from epcomm.backends.cuda.job import Job
-from epcomm.backends.cuda.turn import CudaTurn
-from epcomm.backends.protocol import DispatchRequest
+from epcomm.backends.cuda.turn import CudaTurn, output_spec
 from epcomm.kernels import dispatch as kernel
 from epcomm.kernels.layout import NO_BLOCK, THROUGH_WINDOW, UNIT, MetadataLayout, scales_offset
+from epcomm.memory import Block, BlockPool
 
 __all__ = ["Outputs", "Sizes"]
 
@@ -34,8 +33,9 @@ class Sizes:
     has_weights: bool
 
     @classmethod
-    def of(cls, request: DispatchRequest) -> Sizes:
-        x, scales, topk_idx = request.x, request.scales, request.topk_idx
+    def of(
+        cls, x: ArraySpec, scales: ArraySpec | None, topk_idx: ArraySpec | None, topk_weights: ArraySpec | None
+    ) -> Sizes:
         return cls(
             num_tokens=x.shape[0],
             row_bytes=x.shape[1] * x.dtype.itemsize,
@@ -43,7 +43,7 @@ class Sizes:
             num_scales=0 if scales is None else math.prod(scales.shape[1:]),
             num_topk=0 if topk_idx is None else topk_idx.shape[1],
             index_bytes=8 if topk_idx is None else topk_idx.dtype.itemsize,
-            has_weights=request.topk_weights is not None,
+            has_weights=topk_weights is not None,
         )
 
     @property
@@ -60,7 +60,7 @@ class Outputs:
     """Two blocks: rows with their scales, and what else travels beside them, which a handle keeps for longer.
 
     Args:
-        job, turn: of the call.
+        turn: of the call.
         sizes: of its rows.
         num_rows: rows that the blocks have room for.
         has_metadata: false in a cached dispatch.
@@ -71,85 +71,91 @@ class Outputs:
         offsets: of the two blocks, as a rank enters with them.
     """
 
-    def __init__(self, job: Job, turn: CudaTurn, sizes: Sizes, num_rows: int, has_metadata: bool) -> None:
-        self._turn, self._sizes = turn, sizes
+    def __init__(self, turn: CudaTurn, sizes: Sizes, num_rows: int, has_metadata: bool) -> None:
+        self._turn, self._sizes, self._has_metadata = turn, sizes, has_metadata
         self.resize(num_rows)
-        if self._allocate_in_arena(job, has_metadata):
-            return
-        self.is_windowed = True
-        self.offsets = (THROUGH_WINDOW, THROUGH_WINDOW)
-        allocate = functools.partial(job.outputs.allocate, stream=turn.stream, is_captured=turn.is_captured)
-        rows = allocate(self._num_bytes)
-        assert rows is not None  # that pool grows
-        self._rows = rows
-        self._metadata = allocate(self._beside.num_bytes) if has_metadata else None
+
+    @classmethod
+    def of(cls, job: Job, turn: CudaTurn, sizes: Sizes, num_rows: int, has_metadata: bool) -> Self:
+        """In the arena if it has room, else outside of it."""
+        outputs = cls(turn, sizes, num_rows, has_metadata)
+        if not outputs._are_in_arena(job):
+            outputs._allocate(job.outputs, high=False)
+            outputs.is_windowed, outputs.offsets = True, (THROUGH_WINDOW, THROUGH_WINDOW)
+        return outputs
 
     @classmethod
     def in_arena(cls, job: Job, turn: CudaTurn, sizes: Sizes, num_rows: int) -> Self | None:
-        """Outputs with metadata, None if the arena has no room for them."""
-        outputs = cls.__new__(cls)
-        outputs._turn, outputs._sizes = turn, sizes
-        outputs.resize(num_rows)
-        return outputs if outputs._allocate_in_arena(job, True) else None
+        """With metadata; None if the arena has no room."""
+        outputs = cls(turn, sizes, num_rows, True)
+        return outputs if outputs._are_in_arena(job) else None
 
     def resize(self, num_rows: int) -> None:
         """There are this many rows, no more than the blocks have room for; where fields begin depends on it."""
         sizes = self._sizes
         self.num_rows = num_rows
         self._scales = scales_offset(num_rows, sizes.row_bytes)
-        self._beside = MetadataLayout(num_rows, sizes.num_topk, sizes.index_bytes, sizes.has_weights)
+        if self._has_metadata:
+            self._beside = MetadataLayout(num_rows, sizes.num_topk, sizes.index_bytes, sizes.has_weights)
 
-    @property
-    def _num_bytes(self) -> int:
-        return self._scales + self.num_rows * self._sizes.num_scales * self._sizes.scale_bytes
+    def _are_in_arena(self, job: Job) -> bool:
+        if not self._allocate(job.arena, high=True):
+            return False
+        first = job.arena_offset // UNIT
+        metadata = NO_BLOCK if self._metadata is None else first + self._metadata.offset // UNIT
+        self.is_windowed, self.offsets = False, (first + self._rows.offset // UNIT, metadata)
+        return True
 
-    def _allocate_in_arena(self, job: Job, has_metadata: bool) -> bool:
-        """Take both blocks, or none."""
-        turn = self._turn
-        allocate = functools.partial(job.arena.allocate, stream=turn.stream, is_captured=turn.is_captured)
-        rows = allocate(self._num_bytes)
+    def _allocate(self, pool: BlockPool, high: bool) -> bool:
+        """Take both blocks, or none if there is no room; `high`: of what a handle keeps."""
+        stream, is_captured, sizes = self._turn.stream, self._turn.is_captured, self._sizes
+        num_bytes = self._scales + self.num_rows * sizes.num_scales * sizes.scale_bytes
+        rows, metadata = pool.allocate(num_bytes, stream, is_captured=is_captured), None
         if rows is None:
             return False
-        metadata = allocate(self._beside.num_bytes, high=True) if has_metadata else None
-        if has_metadata and metadata is None:
-            return False
-        self.is_windowed = False
+        if self._has_metadata:
+            metadata = pool.allocate(self._beside.num_bytes, stream, high=high, is_captured=is_captured)
+            if metadata is None:
+                return False
         self._rows, self._metadata = rows, metadata
-        in_region = job.arena_offset // UNIT
-        self.offsets = (
-            in_region + rows.offset // UNIT,
-            NO_BLOCK if metadata is None else in_region + metadata.offset // UNIT,
-        )
         return True
+
+    def own(self) -> None:
+        """These are the outputs of the call."""
+        self._turn.own(self._rows)
+        if self._metadata is not None:
+            self._turn.own(self._metadata)
 
     @property
     def addresses(self) -> tuple[int, int, int, int, int]:
         """By field of the kernel: row, scales, topk_idx, topk_weights, source."""
-        rows, metadata = self._rows.ptr, 0 if self._metadata is None else self._metadata.ptr
-        if not metadata:
+        rows = self._rows.ptr
+        if self._metadata is None:
             return (rows, rows + self._scales, 0, 0, 0)
-        beside = self._beside
+        metadata, beside = self._metadata.ptr, self._beside
         return (rows, rows + self._scales, metadata + beside.topk_idx, metadata + beside.topk_weights, metadata)
 
     def rows(self, like: ArrayView) -> ArrayView:
-        return self._turn.over(self._rows, 0, (self.num_rows, like.shape[1]), like.dtype)
+        return self._over(self._rows, 0, (self.num_rows, like.shape[1]), like.dtype)
 
     def scales(self, like: ArrayView | None) -> ArrayView | None:
         if like is None:
             return None
-        return self._turn.over(self._rows, self._scales, (self.num_rows, *like.shape[1:]), like.dtype)
+        return self._over(self._rows, self._scales, (self.num_rows, *like.shape[1:]), like.dtype)
 
     def topk_idx(self, like: ArrayView | None) -> ArrayView | None:
         if like is None or self._metadata is None:
             return None
-        return self._turn.over(self._metadata, self._beside.topk_idx, (self.num_rows, like.shape[1]), like.dtype)
+        return self._over(self._metadata, self._beside.topk_idx, (self.num_rows, like.shape[1]), like.dtype)
 
     def topk_weights(self, like: ArrayView | None) -> ArrayView | None:
         if like is None or self._metadata is None:
             return None
-        shape = (self.num_rows, like.shape[1])
-        return self._turn.over(self._metadata, self._beside.topk_weights, shape, _FLOAT32)
+        return self._over(self._metadata, self._beside.topk_weights, (self.num_rows, like.shape[1]), _FLOAT32)
 
     def src_idx(self) -> ArrayView:
         assert self._metadata is not None
-        return self._turn.over(self._metadata, 0, (self.num_rows,), _INT32)
+        return self._over(self._metadata, 0, (self.num_rows,), _INT32)
+
+    def _over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
+        return ArrayView(output_spec(shape, dtype, self._turn.place), block.ptr + offset, block)

@@ -32,6 +32,7 @@ _VERDICT, _RECEIVED, _SENT, _EXPERT = _word("verdict"), _word("num_received"), _
 _DROPPED, _REJECTIONS = _word("dropped"), _word("num_rejections")
 _MISMATCHES, _SEEN_MISMATCHES = _word("num_mismatches"), _word("seen_mismatches")
 _LEFT_BEHIND = _word("num_left_behind")
+_OTHER_CHOICES = _word("other_choices")
 _VOIDS, _SEEN_VOIDS = _word("num_voids"), _word("seen_voids")
 
 
@@ -56,7 +57,7 @@ class HostPage:
         self._spin_s = _SPIN_AS_THREAD_S if in_process else _SPIN_S
         self._rank, self._num_ranks, self._timeout_s = rank, num_ranks, timeout_s
         self._seen_rejections = [0] * num_ranks
-        self._seen_left_behind = 0
+        self._seen_left_behind = self._seen_other_choices = 0
 
     @property
     def failed(self) -> bool:
@@ -143,6 +144,12 @@ class HostPage:
         """Whether peers were ahead of this rank in a low-latency call, since the last look."""
         number = self._words[_LEFT_BEHIND]
         seen, self._seen_left_behind = self._seen_left_behind, number
+        return number != seen
+
+    def take_other_choices(self) -> bool:
+        """Whether a low-latency combine had another topk_idx than its dispatch, since the last look."""
+        number = self._words[_OTHER_CHOICES]
+        seen, self._seen_other_choices = self._seen_other_choices, number
         return number != seen
 
     def take_mismatch(self) -> tuple[str, list[list[int]]] | None:

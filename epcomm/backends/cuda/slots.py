@@ -21,20 +21,29 @@ class LowLatencyLauncher:
     """The low-latency kernels of one rank, and their launches; see `Launcher`."""
 
     def __init__(self, cubins: Mapping[Program, bytes], device: int, fixed: bytes) -> None:
-        self._dispatch = Kernel(cubins[low_latency_dispatch.PROGRAM], low_latency_dispatch.ENTRY, device)
-        self._combine = Kernel(cubins[low_latency_combine.PROGRAM], low_latency_combine.ENTRY, device)
-        self._service = Kernel(cubins[low_latency_service.PROGRAM], low_latency_service.ENTRY, device)
-        for kernel in (self._dispatch, self._combine):
+        self._dispatch = {
+            use_fp8: Kernel(cubins[program], low_latency_dispatch.ENTRY, device, overlaps=True)
+            for use_fp8, program in low_latency_dispatch.PROGRAMS.items()
+        }
+        self._combine = {
+            payload: Kernel(cubins[program], low_latency_combine.ENTRY, device, overlaps=True)
+            for payload, program in low_latency_combine.PROGRAMS.items()
+        }
+        service = cubins[low_latency_service.PROGRAM]
+        self._service = Kernel(service, low_latency_service.ENTRY, device, overlaps=True)
+        for kernel in self._dispatch.values():
             kernel.allow_shared(low_latency_dispatch.MAX_SHARED_BYTES)
+        for kernel in self._combine.values():
+            kernel.allow_shared(low_latency_combine.MAX_SHARED_BYTES)
         self._dispatch_arguments = Arguments(fixed, low_latency_dispatch.FIELDS)
         self._combine_arguments = Arguments(fixed, low_latency_combine.FIELDS)
         self._service_arguments = Arguments(fixed, low_latency_service.FIELDS)
 
-    def dispatch(self, stream: int, blocks: int, shared_bytes: int, *fields: int) -> None:
-        self._dispatch.launch(blocks, THREADS, shared_bytes, stream, self._dispatch_arguments.fill(*fields))
+    def dispatch(self, stream: int, use_fp8: bool, blocks: int, shared_bytes: int, fields: Sequence[int]) -> None:
+        self._dispatch[use_fp8].launch(blocks, THREADS, shared_bytes, stream, self._dispatch_arguments.fill(fields))
 
-    def combine(self, stream: int, blocks: int, *fields: int) -> None:
-        self._combine.launch(blocks, THREADS, 0, stream, self._combine_arguments.fill(*fields))
+    def combine(self, stream: int, payload: int, blocks: int, shared_bytes: int, fields: Sequence[int]) -> None:
+        self._combine[payload].launch(blocks, THREADS, shared_bytes, stream, self._combine_arguments.fill(fields))
 
     def service(
         self,
@@ -49,8 +58,8 @@ class LowLatencyLauncher:
         resume: Sequence[int] = (0,) * (2 * NUM_LOW_LATENCY_SLOTS),
     ) -> None:
         """Arguments: the fields of the kernel's, by name."""
-        fields = self._service_arguments.fill(operation, leaves_late, mask, unmask, masks, sequences, *resume)
-        self._service.launch(1, low_latency_service.THREADS, 0, stream, fields)
+        fields = (operation, leaves_late, mask, unmask, masks, sequences, *resume)
+        self._service.launch(1, low_latency_service.THREADS, 0, stream, self._service_arguments.fill(fields))
 
 
 class Ring:
@@ -59,10 +68,11 @@ class Ring:
     Args:
         name: of the operation.
         operation: its number, in slot 0.
+        slots: where they lie.
     """
 
-    def __init__(self, name: str, operation: int) -> None:
-        self.name, self.operation = name, operation
+    def __init__(self, name: str, operation: int, slots: Sequence[Slot]) -> None:
+        self.name, self.operation, self.slots = name, operation, slots
         self._next = self._num_taken = 0
         self._taken = [0] * NUM_LOW_LATENCY_SLOTS  # by slot: number of the send that nobody has received, or 0
 
@@ -109,6 +119,42 @@ class Ring:
         self._taken = [0] * NUM_LOW_LATENCY_SLOTS
 
 
+class Pulls:
+    """Which combine buffers no peer reads any more, as far as the host can know.
+
+    Ranks launch their calls in the same order. A combine that sends and receives in one launch, which all ranks do
+    alike, has pulled its rows when a later call is sent. So peers are through with the buffer of such a combine once a
+    later call of all of them has been received. Replays of graphs are not seen here: inside a capture only its own
+    calls count, and outside nothing is known any more after a capture.
+    """
+
+    def __init__(self) -> None:
+        self._has_captured = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is known of earlier calls."""
+        self._capture: list[int | None] = [None] * NUM_LOW_LATENCY_SLOTS  # by slot: that of its last combine
+        self._is_over = [False] * NUM_LOW_LATENCY_SLOTS
+
+    def note_combine(self, slot: int, is_postponed: bool, capture: int) -> None:
+        """A combine is sent; `capture` as in `CudaTurn`."""
+        self._capture[slot] = None if is_postponed else capture
+        self._is_over[slot] = False
+
+    def note_received(self, capture: int, own_slot: int | None) -> None:
+        """A call is received, if it is a combine that of `own_slot`."""
+        self._has_captured |= capture != 0
+        for slot in range(NUM_LOW_LATENCY_SLOTS):
+            if slot != own_slot and self._capture[slot] == capture:
+                self._is_over[slot] = True
+
+    def are_over(self, slot: int, capture: int) -> bool:
+        """Whether a call under `capture` may write to the buffer of `slot` without asking the peers."""
+        is_known = capture > 0 or (capture == 0 and not self._has_captured)
+        return is_known and self._capture[slot] == capture and self._is_over[slot]
+
+
 class LowLatency:
     """What low-latency operations of one rank have beside its `Job`.
 
@@ -131,45 +177,47 @@ class LowLatency:
         timeout_s: float,
     ) -> None:
         self.area, self.launch = area, launch
-        self.dispatches = Ring("low_latency_dispatch", LOW_LATENCY_DISPATCH)
-        self.combines = Ring("low_latency_combine", LOW_LATENCY_COMBINE)
+        slots = range(NUM_LOW_LATENCY_SLOTS)
+        self.dispatches = Ring("low_latency_dispatch", LOW_LATENCY_DISPATCH, [*map(area.dispatch_slot, slots)])
+        self.combines = Ring("low_latency_combine", LOW_LATENCY_COMBINE, [*map(area.combine_slot, slots)])
+        self.pulls = Pulls()
         self._comm, self._device, self._timeout_s = comm, device, timeout_s
         self.masks_on_timeout = masks_on_timeout
         self._buffers: list[SymmetricMemory] = []  # the last one is in use; graphs have the addresses of the others
         self._buffer_bytes = 0
+        # By slot and rank: address of the combine buffer, 0 if there is none. Calls keep the lists.
+        self.combine_addresses = [[0] * MAX_RANKS for _ in slots]
 
     def slot_fields(self, ring: Ring, slot: int, halves: int, is_rejected: bool = False) -> tuple[int, ...]:
         """The fields of `kernels.low_latency.SLOT`, but for the last one."""
-        lies: Slot = self.area.dispatch_slot(slot) if ring is self.dispatches else self.area.combine_slot(slot)
-        return (*lies, ring.operation + slot, halves, is_rejected, self.masks_on_timeout)
+        return (*ring.slots[slot], ring.operation + slot, halves, is_rejected, self.masks_on_timeout)
 
-    def combine_addresses(self, slot: int) -> list[int]:
-        """By rank: address of its combine buffer of `slot`, 0 if there is none."""
-        if not self._buffers:
-            return [0] * MAX_RANKS
-        bases = [base + slot * self._buffer_bytes for base in self._buffers[-1].bases]
-        return [*bases, *[0] * (MAX_RANKS - len(bases))]
-
-    def combine_buffer(self, stream: int, is_captured: bool, num_bytes: int) -> int:
+    def combine_buffer(self, stream: int, capture: int, num_bytes: int) -> int:
         """Address of the combine buffer of the next combine; later work in the stream may write there.
 
-        Allocates where there is none of that size; then collective, blocks the host.
+        Allocates where there is none of that size; then collective, blocks the host. `capture` as in `CudaTurn`.
         """
         slot = self.combines.next_slot()
         if num_bytes > self._buffer_bytes:
-            if is_captured:
+            if capture:
                 raise InputError(
                     "get_next_low_latency_combine_buffer",
                     got="the first call of this size, in a stream under capture",
                     wanted="buffers that were allocated before",
                     do="call it once for the largest handle before the capture",
                 )
-            self._buffers.append(
-                SymmetricMemory(self._comm, NUM_LOW_LATENCY_SLOTS * num_bytes, self._device, timeout_s=self._timeout_s)
-            )
+            total = NUM_LOW_LATENCY_SLOTS * num_bytes
+            memory = SymmetricMemory(self._comm, total, self._device, timeout_s=self._timeout_s)
+            self._buffers.append(memory)
             self._buffer_bytes = num_bytes
-        self.launch.service(stream, operation=self.combines.operation + slot, leaves_late=self.masks_on_timeout)
-        return self.combine_addresses(slot)[self._comm.rank]
+            nobody = [0] * (MAX_RANKS - len(memory.bases))
+            self.combine_addresses = [
+                [*[base + index * num_bytes for base in memory.bases], *nobody]
+                for index in range(NUM_LOW_LATENCY_SLOTS)
+            ]
+        if not self.pulls.are_over(slot, capture):
+            self.launch.service(stream, operation=self.combines.operation + slot, leaves_late=self.masks_on_timeout)
+        return self.combine_addresses[slot][self._comm.rank]
 
     def resume(self, stream: int, sequences: Sequence[int], ranks: Sequence[int]) -> None:
         """Forget all calls so far and the masks of `ranks`; the calls after `sequences`, by slot, are next.
@@ -179,6 +227,7 @@ class LowLatency:
         self.launch.service(stream, unmask=sum(1 << rank for rank in set(ranks)), resume=sequences)
         self.dispatches.forget()
         self.combines.forget()
+        self.pulls.forget()
 
     def close(self) -> None:
         """Unmap the combine buffers. Local."""

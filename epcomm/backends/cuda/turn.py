@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, StreamRef, array_spec, device_array, require, to_host
+from epcomm.arrays import ArraySpec, ArrayView, array_spec, cupy_array, device_array, to_host
 from epcomm.arrays.streams import order
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.streams import StreamEvent
 from epcomm.dlpack import CUDA
 from epcomm.errors import InputError
 from epcomm.event import EventOverlap
+from epcomm.kernels.layout import UNIT, round_up
 from epcomm.memory import Block
 
-__all__ = ["CudaTurn", "output"]
+__all__ = ["BlockLayout", "CudaTurn", "output_spec"]
 
 _HIDES_STREAM = ("jax", "dlpack")  # frameworks that do not know that we read their memory
+
+
+def output_spec(
+    shape: tuple[int, ...], dtype: np.dtype[Any], device: int, strides: tuple[int, ...] | None = None
+) -> ArraySpec:
+    """What an output looks like; row-major unless there are strides, in elements."""
+    return array_spec("", shape, strides, dtype, (CUDA, device))
+
+
+class BlockLayout:
+    """Outputs that share a block. Made once for all calls that are alike.
+
+    Attributes:
+        places: of each output, where it starts in the block, a multiple of `UNIT`, and what it looks like.
+        num_bytes: of the block.
+    """
+
+    def __init__(self, *specs: ArraySpec) -> None:
+        self.places: list[tuple[int, ArraySpec]] = []
+        self.num_bytes = 0
+        for spec in specs:
+            offset = round_up(self.num_bytes, UNIT)
+            self.places.append((offset, spec))
+            self.num_bytes = offset + spec.num_bytes
 
 
 class CudaTurn:
@@ -26,6 +51,8 @@ class CudaTurn:
 
     Attributes:
         has_entered: whether the peers count on this call; set by the operation.
+        is_captured: whether the call becomes part of a graph.
+        capture: number of the capture that the stream is in, -1 if nobody knows, 0 if there is none.
 
     Args:
         job: this rank's part.
@@ -35,26 +62,40 @@ class CudaTurn:
         async_finish: the caller's stream goes on.
     """
 
-    device = "cuda"
+    __slots__ = (
+        "_blocks",
+        "_callers",
+        "_framework",
+        "_hides_end",
+        "_is_async",
+        "_is_in_line",
+        "_job",
+        "_keeps_inputs",
+        "capture",
+        "has_entered",
+        "is_captured",
+        "place",
+        "ref",
+        "stream",
+    )
 
     def __init__(
         self, job: Job, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool
     ) -> None:
         streams = job.streams
-        self._job, self._framework = job, framework or "dlpack"
-        self._callers, keep = streams.callers(framework, stream)
-        self._is_async = async_finish
-        if streams.runs_in_own(self._callers, async_finish):
-            self.stream, keep = streams.own, None
-        else:
-            assert self._callers is not None
-            self.stream = self._callers
-        self.ref = StreamRef(self.stream, streams.keeper if self.stream == streams.own else keep)
-        self._wait_for(previous_event)
-        self.is_captured = streams.enter(self.stream, keep)
-        self.has_entered = False  # peers know of this call
+        self._job, self.place, self._framework, self._is_async = job, job.device, framework or "dlpack", async_finish
+        callers = run = streams.of_caller(framework, stream)
+        if run is None or streams.runs_in_own(run, async_finish):
+            run = streams.own
+        self._callers, self.ref, self.stream = callers, run, run.ptr
+        # The framework of the results goes on in the stream of the call: there is nothing to order.
+        self._is_in_line = callers is run and stream is None
+        if callers is not run or previous_event is not None:
+            self._wait_for(previous_event)
+        self.is_captured = streams.enter(run)
+        self.capture = job.timeline.capture_of(self.stream) if self.is_captured else 0
+        self.has_entered = self._hides_end = self._keeps_inputs = False
         self._blocks: list[Block] = []
-        self._hides_end = self._keeps_inputs = False
 
     def _wait_for(self, previous: EventOverlap | None) -> None:
         if previous is not None and isinstance(previous.event, StreamEvent):
@@ -62,14 +103,10 @@ class CudaTurn:
             return
         if previous is not None:
             previous.current_stream_wait()
-        if self._callers is not None and self._callers != self.stream:
-            order(self._callers, self.stream, self._job.device)
+        if self._callers is not None:
+            order(self._callers.ptr, self.stream, self.place)
 
     # -- arguments ------------------------------------------------------------------------------------------------
-
-    def check(self, view: ArrayView, name: str, **demands: Any) -> None:
-        """`require` on this rank's GPU."""
-        require(view.spec, name, place=self._job.device, **demands)
 
     def take(self, view: ArrayView) -> ArrayView:
         return view
@@ -92,48 +129,48 @@ class CudaTurn:
         if self.is_captured:
             for view in views:
                 if isinstance(view.owner, Block):
-                    view.owner.pin(self._job.timeline.capture_of(self.stream))
+                    view.owner.pin(self.capture)
 
     # -- results --------------------------------------------------------------------------------------------------
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
         """A new output outside of the arena."""
-        num_bytes = dtype.itemsize
-        for extent in shape:
-            num_bytes *= extent
+        spec = output_spec(shape, dtype, self.place)
+        block = self._new_block(spec.num_bytes)
+        return ArrayView(spec, block.ptr, block)
+
+    def new_arrays(self, layout: BlockLayout) -> list[ArrayView]:
+        """New outputs in one block, outside of the arena."""
+        block = self._new_block(layout.num_bytes)
+        ptr = block.ptr
+        return [ArrayView(spec, ptr + offset, block) for offset, spec in layout.places]
+
+    def _new_block(self, num_bytes: int) -> Block:
         block = self._job.outputs.allocate(num_bytes, self.stream, is_captured=self.is_captured)
         assert block is not None  # that pool grows
-        return self.over(block, 0, shape, dtype)
+        self.own(block)
+        return block
 
-    def transposed(self, array: ArrayView) -> ArrayView:
-        """The same memory with its last two axes exchanged."""
-        *rest, rows, columns = array.shape
-        *steps, row_step, column_step = array.strides
-        spec = array_spec(
-            "", (*rest, columns, rows), (*steps, column_step, row_step), array.dtype, (CUDA, self._job.device)
-        )
-        return ArrayView(spec, array.ptr, array.owner)
+    def own(self, block: Block) -> None:
+        """Outputs of this call lie in `block`."""
+        self._blocks.append(block)
+        block.note_reader(*self.ref)
 
     def use_outputs_of(self, earlier: CudaTurn) -> None:
         """This call fills what `earlier` has allocated."""
         for block in earlier._blocks:
-            block.note_reader(self.stream, self.ref.keep)
+            block.note_reader(*self.ref)
         self._hides_end = self._framework in _HIDES_STREAM  # its arrays were handed out before
         self._keeps_inputs = earlier.stream != self.stream  # their framework expects them to be free sooner
 
-    def over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
-        """An output in `block`, which it keeps alive."""
-        if block not in self._blocks:
-            self._blocks.append(block)
-            block.note_reader(self.stream, self.ref.keep)
-        return output(block, offset, shape, dtype, self._job.device)
-
     def export(self, array: ArrayView, framework: str) -> Any:
         """`array` as one of `framework`; its stream waits for this call, unless the caller has asked to go on."""
+        if self._is_in_line and framework == self._framework == "cupy":
+            return cupy_array(array)
         if framework in _HIDES_STREAM:
             ready: int | None = self.stream
         else:
-            ready = None if self._is_async else self._callers
+            ready = None if self._is_async or self._callers is None else self._callers.ptr
         return device_array(framework, array, ready)
 
     def finish(self, inputs: object) -> EventOverlap:
@@ -141,23 +178,13 @@ class CudaTurn:
         if self._hides_end:
             self._job.runtime.streamSynchronize(self.stream)
         if self._is_async:
-            event = StreamEvent(self.stream, self._framework, self._job.device, self._blocks)
+            event = StreamEvent(self.stream, self._framework, self.place, self.is_captured, self._blocks)
             if not self.is_captured:  # who replays a graph keeps its inputs
                 self._job.streams.keep_until(event, inputs)
             return EventOverlap(event)
         if self._callers is None or self._framework in _HIDES_STREAM or self._keeps_inputs:
-            event = StreamEvent(self.stream, self._framework, self._job.device)
+            event = StreamEvent(self.stream, self._framework, self.place, self.is_captured)
             self._job.streams.keep_until(event, inputs)
-        if self._callers is not None and self._callers != self.stream:
-            order(self.stream, self._callers, self._job.device)
+        if self._callers is not None and self._callers is not self.ref:
+            order(self.stream, self._callers.ptr, self.place)
         return EventOverlap()
-
-
-class _Memory(Protocol):
-    @property
-    def ptr(self) -> int: ...
-
-
-def output(block: _Memory, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> ArrayView:
-    """A row-major array in `block`, which it keeps alive."""
-    return ArrayView(array_spec("", shape, None, dtype, (CUDA, device)), block.ptr + offset, block)

@@ -62,15 +62,16 @@ def _expert_mask(topk_idx: NDArray[Any], first: int, num_experts: int) -> NDArra
 
 def _allocate(request: LowLatencyDispatchRequest, num_ranks: int) -> LowLatencyDispatchOutcome:
     """Outputs of the documented shapes; scales with the token dimension fastest in memory."""
-    num_local, hidden = request.num_experts // num_ranks, request.x.shape[1]
-    max_rows = num_ranks * request.num_max_dispatch_tokens_per_rank
+    terms = request.terms
+    num_local, hidden = terms.num_experts // num_ranks, terms.hidden
+    max_rows = num_ranks * terms.num_max_dispatch_tokens_per_rank
     scales = None
-    if request.use_fp8:
-        width = num_packed_scales(hidden) if request.use_ue8m0 else hidden // FP8_BLOCK
-        dtype = np.int32 if request.use_ue8m0 else np.float32
+    if terms.use_fp8:
+        width = num_packed_scales(hidden) if terms.use_ue8m0 else hidden // FP8_BLOCK
+        dtype = np.int32 if terms.use_ue8m0 else np.float32
         scales = empty((num_local, width, max_rows), dtype).transpose(0, 2, 1)
     return LowLatencyDispatchOutcome(
-        recv_x=empty((num_local, max_rows, hidden), FP8_E4M3 if request.use_fp8 else BFLOAT16),
+        recv_x=empty((num_local, max_rows, hidden), FP8_E4M3 if terms.use_fp8 else BFLOAT16),
         recv_scales=scales,
         recv_count=empty((num_local,), np.int32, fill=0),
         src_info=empty((num_local, max_rows), np.int32, fill=-1),
@@ -105,13 +106,13 @@ def dispatch(
     exchange: Exchange, request: LowLatencyDispatchRequest
 ) -> tuple[LowLatencyDispatchOutcome, Callable[[HostTurn], None]]:
     """Send half now; the second result is the receive half."""
-    size = exchange.comm.size
+    size, terms = exchange.comm.size, request.terms
     everyone = to_all(len(request.x), size)
     payload = [request.x]
-    if request.use_fp8:
-        payload = list(cast_fp8(request.x, round_scale=request.round_scale, use_ue8m0=request.use_ue8m0))
+    if terms.use_fp8:
+        payload = list(cast_fp8(request.x, round_scale=terms.round_scale, use_ue8m0=terms.use_ue8m0))
     fields = [Field(request.topk_idx.astype(np.int64, copy=False), everyone), *(Field(p, everyone) for p in payload)]
-    agreed = dict(zip(LOW_LATENCY_DISPATCH, low_latency_dispatch_values(request), strict=True))
+    agreed = dict(zip(LOW_LATENCY_DISPATCH, low_latency_dispatch_values(terms), strict=True))
     ticket = exchange.post(Operation.LOW_LATENCY_DISPATCH, Ring.LOW_LATENCY_DISPATCH, agreed, fields)
     outcome = _allocate(request, size)
 
@@ -139,16 +140,16 @@ def _send_fields(request: LowLatencyCombineRequest) -> list[Field]:
         for expert in range(num_local)
     ]
     indices = np.concatenate(order).astype(np.int32)
-    if request.zero_copy and not request.use_logfmt:
+    if request.terms.zero_copy and not request.terms.use_logfmt:
         return [Field(rows, by_index(indices, counts))]
     chosen = rows.view(np.uint16)[indices]  # NumPy copies integers faster
-    sent = encode_logfmt(chosen.view(BFLOAT16)) if request.use_logfmt else chosen
+    sent = encode_logfmt(chosen.view(BFLOAT16)) if request.terms.use_logfmt else chosen
     return [Field(sent, by_range(np.cumsum(counts) - counts, counts))]
 
 
 def combine(exchange: Exchange, request: LowLatencyCombineRequest) -> Callable[[HostTurn], None]:
     """Send half now; the result is the receive half."""
-    agreed = dict(zip(LOW_LATENCY_COMBINE, low_latency_combine_values(request), strict=True))
+    agreed = dict(zip(LOW_LATENCY_COMBINE, low_latency_combine_values(request.terms), strict=True))
     fields = _send_fields(request)
     ticket = exchange.post(Operation.LOW_LATENCY_COMBINE, Ring.LOW_LATENCY_COMBINE, agreed, fields)
 
@@ -164,7 +165,7 @@ def combine(exchange: Exchange, request: LowLatencyCombineRequest) -> Callable[[
 def _reduce(exchange: Exchange, delivery: Delivery, request: LowLatencyCombineRequest) -> None:
     """Weighted sum of every token's rows, in the order of its choices or, with pre_reduce, rank by rank."""
     rows, row_of, owners = _arrived(exchange, delivery, request)
-    if not request.pre_reduce:
+    if not request.terms.pre_reduce:
         return round_to(_weighted_sum(rows, row_of, request), request.out)
     acc, partial = np.zeros(request.out.shape, np.float32), np.empty(request.out.shape, BFLOAT16)
     for owner in range(exchange.comm.size):
@@ -196,7 +197,7 @@ def _arrived(
                 wanted="the topk_idx of the dispatch that made the handle",
             )
         sent = delivery.rows(owner, 0)
-        parts.append(decode_logfmt(sent, request.handle.hidden) if request.use_logfmt else sent.view(BFLOAT16))
+        parts.append(decode_logfmt(sent, request.handle.hidden) if request.terms.use_logfmt else sent.view(BFLOAT16))
         present[experts] = True
         first_row[experts] = first + np.cumsum(counts[experts]) - counts[experts]
         first += expected

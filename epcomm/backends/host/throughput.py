@@ -13,9 +13,10 @@ from epcomm.backends.agreement import (
     CACHED_DISPATCH,
     COMBINE,
     DISPATCH,
-    cached_dispatch_values,
-    combine_values,
+    combine_payload,
+    dispatch_payload,
     dispatch_values,
+    values_with_handle,
 )
 from epcomm.backends.host.delivery import Delivery
 from epcomm.backends.host.exchange import Exchange
@@ -44,13 +45,17 @@ def agreed_for_dispatch(request: DispatchRequest) -> tuple[Operation, dict[str, 
     """Operation and agreed values of a dispatch's header."""
     if request.handle is None:
         return Operation.DISPATCH, dict(zip(DISPATCH, dispatch_values(request), strict=True))
-    values = cached_dispatch_values(request, request.handle.dispatch_id)
+    payload = dispatch_payload(request.x, request.scales)
+    values = values_with_handle(payload, request.handle.dispatch_id, request.config)
     return Operation.CACHED_DISPATCH, dict(zip(CACHED_DISPATCH, values, strict=True))
 
 
 def agreed_for_combine(request: CombineRequest) -> dict[str, int]:
     """Agreed values of a combine's header."""
-    return dict(zip(COMBINE, combine_values(request), strict=True))
+    x, weights = request.x, request.topk_weights
+    payload = combine_payload(x.shape[1], x.dtype, 0 if weights is None else weights.shape[1])
+    values = values_with_handle(payload, request.handle.dispatch_id, request.config)
+    return dict(zip(COMBINE, values, strict=True))
 
 
 def payload_fields(request: DispatchRequest, selection: Selection) -> dict[str, Field]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, empty, export_array, require
+from epcomm.arrays import ArrayView, Place, empty, export_array
 from epcomm.event import EventOverlap
 
 __all__ = ["HostTurn"]
@@ -16,11 +16,9 @@ __all__ = ["HostTurn"]
 class HostTurn:
     """See `epcomm.backends.protocol.Turn`."""
 
+    place: Place = "cpu"
     stream = None
     ref = None
-
-    def check(self, view: ArrayView, name: str, **demands: Any) -> None:
-        require(view.spec, name, place="cpu", **demands)
 
     def take(self, view: ArrayView) -> NDArray[Any]:
         return view.numpy()

@@ -32,3 +32,7 @@ inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { ret
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) { return {pair.x, pair.y}; }
 inline float __low2float(__nv_bfloat162 pair) { return pair.x; }
 inline float __high2float(__nv_bfloat162 pair) { return pair.y; }
+
+// Of two values the larger one, or the one that is no NaN.
+inline __nv_bfloat16 __hmax(__nv_bfloat16 a, __nv_bfloat16 b) { return a != a || b > a ? b : a; }
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }

@@ -13,13 +13,19 @@ from epcomm.buffer import Buffer
 from epcomm.cli.bench.case import Case, make_inputs, make_routing
 from epcomm.cli.bits import as_bits, as_rows
 from epcomm.handle import LowLatencyDispatchResult
-from epcomm.numerics import BFLOAT16, FP8_BLOCK, accumulate_weighted, cast_fp8, round_to
+from epcomm.numerics import BFLOAT16, FP8_BLOCK, LOGFMT_BLOCK, accumulate_weighted, cast_fp8, logfmt_row_bytes, round_to
+from epcomm.reference import logfmt_bound
 from epcomm.testing import token_data
 
 __all__ = ["Expected", "LowLatencyCalls", "LowLatencyOperation"]
 
 _NUM_OUTPUTS = 61  # different rows that the experts of a rank put out
 _OUTPUT_SEED = 1000  # plus the rank
+
+# How the rows of a combine travel: options of low_latency_combine.
+Way = dict[str, bool]
+_OUTSIDE: Way = {}
+_IN_PLACE, _LOGFMT, _PRE_REDUCED = {"zero_copy": True}, {"use_logfmt": True}, {"pre_reduce": True}
 
 
 @dataclass(frozen=True)
@@ -90,23 +96,41 @@ class Expected:
     def output_of(expert: Any, row: Any) -> Any:
         return (7 * expert + row) % _NUM_OUTPUTS
 
-    def combined(self) -> NDArray[Any]:
-        """The sums of this rank's tokens."""
+    def combined(self, way: Way) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """The sums of this rank's tokens, and how far they may be off; None: not at all."""
         topk_idx, weights = self._routing[self._rank]
+        rows = self._rows_of_choices()
+        out = np.empty((len(topk_idx), self._case.hidden), BFLOAT16)
+        sums, bound = np.zeros(out.shape, np.float32), np.zeros(out.shape)
+        if way == _PRE_REDUCED:
+            for owner in range(self._case.ranks):
+                part = np.zeros_like(sums)
+                for choice in range(topk_idx.shape[1]):
+                    chosen = topk_idx[:, choice] // self.num_local == owner
+                    accumulate_weighted(part, np.where(chosen, weights[:, choice], 0), rows[choice])
+                round_to(part, out)
+                sums += out.astype(np.float32)
+        else:
+            for choice in range(topk_idx.shape[1]):
+                accumulate_weighted(sums, weights[:, choice], rows[choice])
+                if way == _LOGFMT:
+                    bound += np.abs(weights[:, choice, None]) * logfmt_bound(rows[choice])
+        round_to(sums, out)
+        return out, bound + np.abs(sums) / 128 if way == _LOGFMT else None
+
+    def _rows_of_choices(self) -> list[NDArray[Any]]:
+        """By choice: the row that the expert of each of this rank's tokens puts out."""
+        topk_idx, _ = self._routing[self._rank]
         numbers = {}
         for expert in np.unique(topk_idx).tolist():
             for row, (source, token) in enumerate(self.tokens_of(expert)):
                 if source == self._rank:
                     numbers[expert, token] = self.output_of(expert % self.num_local, row)
         outputs = [self.outputs(rank) for rank in range(self._case.ranks)]
-        sums = np.zeros((len(topk_idx), self._case.hidden), np.float32)
-        for choice in range(topk_idx.shape[1]):
-            experts = topk_idx[:, choice].tolist()
-            rows = [outputs[e // self.num_local][numbers[e, token]] for token, e in enumerate(experts)]
-            accumulate_weighted(sums, weights[:, choice], np.stack(rows))
-        out = np.empty(sums.shape, BFLOAT16)
-        round_to(sums, out)
-        return out
+        return [
+            np.stack([outputs[e // self.num_local][numbers[e, token]] for token, e in enumerate(experts)])
+            for experts in topk_idx.T.tolist()
+        ]
 
 
 class LowLatencyCalls:
@@ -130,7 +154,7 @@ class LowLatencyCalls:
         self.handle = self.dispatch(False).handle
         for _ in range(2):  # both buffers; what is in them stays there
             as_bits(buffer.get_next_low_latency_combine_buffer(self.handle))[...] = y_bits
-            self.combine(self.handle, is_pulled=True, is_renewed=False)
+            self.combine(self.handle, _IN_PLACE, is_renewed=False)
 
     def dispatch(self, use_fp8: bool, is_split: bool = False) -> LowLatencyDispatchResult:
         case = self._case
@@ -138,11 +162,11 @@ class LowLatencyCalls:
             self._x, self._topk_idx, case.tokens, case.experts, use_fp8=use_fp8, return_recv_hook=is_split
         )
 
-    def combine(self, handle: Any, is_pulled: bool, is_split: bool = False, is_renewed: bool = True) -> Any:
-        if is_pulled and is_renewed:
+    def combine(self, handle: Any, way: Way, is_split: bool = False, is_renewed: bool = True) -> Any:
+        if way == _IN_PLACE and is_renewed:
             self._buffer.get_next_low_latency_combine_buffer(handle)
         return self._buffer.low_latency_combine(
-            self._y, self._topk_idx, self._weights, handle, zero_copy=is_pulled, return_recv_hook=is_split
+            self._y, self._topk_idx, self._weights, handle, return_recv_hook=is_split, **way
         )
 
     def differences(self) -> list[str]:
@@ -153,11 +177,16 @@ class LowLatencyCalls:
             name = "fp8" if use_fp8 else "bf16"
             wrong = self.expected.differences(self.dispatch(use_fp8), use_fp8, down)
             found += [f"dispatch, {name}: {text}" for text in wrong]
-        want = as_bits(self.expected.combined())
-        for is_pulled in (False, True):
-            got = self.combine(self.handle, is_pulled).combined_x
-            if not np.array_equal(down(as_bits(got)), want):
-                found.append(f"combine, {'in place' if is_pulled else 'outside'}: sums differ")
+        for name, way in self._ways().items():
+            want, bound = self.expected.combined(way)
+            got = down(as_bits(self.combine(self.handle, way).combined_x))
+            if bound is not None:
+                distance = np.abs(got.view(BFLOAT16).astype(np.float64) - want.astype(np.float64))
+                is_right = bool((distance <= bound).all())
+            else:
+                is_right = np.array_equal(got, as_bits(want))
+            if not is_right:
+                found.append(f"combine, {name}: sums differ")
         return found
 
     def operations(self) -> Iterator[LowLatencyOperation]:
@@ -172,23 +201,28 @@ class LowLatencyCalls:
                 lambda use_fp8=use_fp8: self.dispatch(use_fp8, is_split=True).hook,  # type: ignore[misc]
                 messages * (fp8 if use_fp8 else bf16),
             )
-        for is_pulled in (False, True):
+        for name, way in self._ways().items():
+            sent = messages * bf16 if way == _PRE_REDUCED else copies * bf16
             yield LowLatencyOperation(
-                f"combine, {'in place' if is_pulled else 'outside'}",
-                lambda is_pulled=is_pulled: self.combine(handle, is_pulled),  # type: ignore[misc]
-                lambda is_pulled=is_pulled: self.combine(handle, is_pulled, is_split=True).hook,  # type: ignore[misc]
-                copies * bf16,
+                f"combine, {name}",
+                lambda way=way: self.combine(handle, way),  # type: ignore[misc]
+                lambda way=way: self.combine(handle, way, is_split=True).hook,  # type: ignore[misc]
+                copies * logfmt_row_bytes(case.hidden) if way == _LOGFMT else sent,
             )
         for use_fp8 in self._formats():
-            for is_pulled in (False, True):
+            for name, way in {"outside": _OUTSIDE, "in place": _IN_PLACE}.items():
                 yield LowLatencyOperation(
-                    f"pair, {'fp8' if use_fp8 else 'bf16'}, {'in place' if is_pulled else 'outside'}",
-                    lambda use_fp8=use_fp8, is_pulled=is_pulled: self.combine(  # type: ignore[misc]
-                        self.dispatch(use_fp8).handle, is_pulled
-                    ),
+                    f"pair, {'fp8' if use_fp8 else 'bf16'}, {name}",
+                    lambda use_fp8=use_fp8, way=way: self.combine(self.dispatch(use_fp8).handle, way),  # type: ignore[misc]
                     None,
                     messages * (fp8 if use_fp8 else bf16) + copies * bf16,
                 )
+
+    def _ways(self) -> dict[str, Way]:
+        ways = {"outside": _OUTSIDE, "in place": _IN_PLACE, "LogFMT": _LOGFMT, "pre-reduced": _PRE_REDUCED}
+        if self._case.hidden % LOGFMT_BLOCK:
+            del ways["LogFMT"]
+        return ways
 
     def _formats(self) -> tuple[bool, ...]:
         return (False, True) if self._case.hidden % FP8_BLOCK == 0 else (False,)

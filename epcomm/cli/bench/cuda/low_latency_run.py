@@ -27,7 +27,8 @@ Ranks wait for each other in every call, and in nothing else there.
 send, recv: medians of the halves in hook mode, each after a device barrier.
 host: Python's time from call to return, median. All of the slowest rank.
 MB: from other ranks, mean of the ranks: in a dispatch a row, with its scales,
-for each token and other rank; in a combine one for each choice there."""
+for each token and other rank; in a combine one for each choice there, in
+10 bits a channel with LogFMT; pre-reduced, as in a dispatch."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,16 @@ def _lines(case: Case, run: LowLatencyRun) -> Iterator[str]:
     yield f"  {case.tokens} tokens a rank, hidden {case.hidden}, top-{case.topk} of {case.experts} experts"
     yield f"  {case.routing} routing; {case.repeats} calls of each"
     yield "  every row of every rank was right in all its bits, before and after"
+    yield "  (with LogFMT: sums within its bound)"
     yield ""
     yield (
-        f"  {'us, slowest rank':20s}{'SMs':>4s}{'p50':>7s}{'p99':>7s}{'row':>7s}{'graph':>7s}{'send':>7s}{'recv':>7s}"
+        f"  {'us, slowest rank':21s}{'SMs':>4s}{'p50':>7s}{'p99':>7s}{'row':>7s}{'graph':>7s}{'send':>7s}{'recv':>7s}"
         + (f"{'host':>6s}{'MB':>5s}")
     )
     for one in run.measured:
         halves = "".join(f"{'-' if us is None else f'{us:.1f}':>7s}" for us in (one.send_us, one.receive_us))
         times = f"{one.p50_us:7.1f}{one.p99_us:7.1f}{one.row_us:7.1f}{one.graph_us:7.1f}"
-        yield f"  {one.name:20s}{one.sms:4d}{times}{halves}{one.python_us:6.0f}{one.wire_bytes_per_rank / 1e6:5.1f}"
+        yield f"  {one.name:21s}{one.sms:4d}{times}{halves}{one.python_us:6.0f}{one.wire_bytes_per_rank / 1e6:5.1f}"
     yield ""
     yield from (f"  {line}" for line in _NOTES.splitlines())
 

@@ -1,4 +1,4 @@
-// copies.h: the copy engine of sm_90, as late as it may be.
+// copies.h: the copy engine of sm_90, and the copies of single threads, as late as they may be.
 //
 // A bulk load moves its bytes when somebody waits for its mbarrier; a bulk store writes when its thread waits for all
 // of its stores. What a copy is going to write holds a pattern until then, and what it reads must not change: whoever
@@ -123,13 +123,13 @@ inline void arrive_expecting(uint64_t* word, uint32_t num_bytes, Where where) {
 // Move the bytes of a load. Those that changed at the source meanwhile may be the old or the new ones: neither.
 inline void complete(Launch& launch, Load& load) {
     if (!is_poison(load.shared, load.num_bytes))
-        fail("the shared memory at %p was written to while a bulk load (%s:%d) was under way to it", load.shared,
+        fail("the shared memory at %p was written to while a load (%s:%d) was under way to it", load.shared,
              load.where.file, load.where.line);
     memcpy(load.shared, load.global, load.num_bytes);
     if (memcmp(load.shared, load.before.data(), load.num_bytes) == 0) return;
     for (uint32_t i = 0; i < load.num_bytes; ++i)
         if (load.shared[i] != load.before[i]) load.shared[i] = kPoison;
-    warn(launch, "a bulk load (%s:%d) has no good bytes: its source was written to while it was under way",
+    warn(launch, "a load (%s:%d) has no good bytes: its source was written to while it was under way",
          load.where.file, load.where.line);
 }
 
@@ -252,12 +252,73 @@ inline void wait_for_stores() {
     stores.erase(stores.begin(), store);
 }
 
+// -- copies of 16 bytes, cp.async ---------------------------------------------------------------------------------
+
+struct AsyncCopy {
+    uint8_t* shared;
+    const uint8_t* global;  // nullptr: there is nothing to read
+    uint64_t group;
+    Bytes before;  // the source, when the copy was issued
+    Where where;
+};
+
+// Of one thread, like PendingStores.
+struct PendingCopies {
+    PendingCopies* next;  // of the launch
+    uint64_t num_groups;
+    std::vector<AsyncCopy> copies;
+};
+
+inline PendingCopies& copies_of(Thread& self) {
+    if (self.copies == nullptr)
+        self.copies = self.launch->all_copies = new PendingCopies{self.launch->all_copies, 0, {}};
+    return *self.copies;
+}
+
+inline void finish(Launch& launch, AsyncCopy& copy) {
+    Load load{copy.shared, copy.global, 16, std::move(copy.before), copy.where};
+    if (copy.global == nullptr) load.global = load.before.data();
+    complete(launch, load);
+}
+
+inline void begin_copy(uint32_t offset, const void* global, bool is_there, Where where) {
+    Thread& self = current();
+    auto* to = const_cast<uint8_t*>(static_cast<const uint8_t*>(at_offset(offset, 16)));
+    if (is_there) check_copy("async_copy", global, to, 16, where);
+    auto* from = static_cast<const uint8_t*>(global);
+    PendingCopies& pending = copies_of(self);
+    pending.copies.push_back({to, is_there ? from : nullptr, pending.num_groups,
+                              is_there ? Bytes(from, from + 16) : Bytes(16, 0), where});
+    memset(to, kPoison, 16);
+    self.launch->has_progress = true;
+}
+
+inline void commit_copies() { ++copies_of(current()).num_groups; }
+
+// All groups but the last `num_pending` are complete.
+inline void wait_for_copies(uint64_t num_pending) {
+    Thread& self = current();
+    PendingCopies& pending = copies_of(self);
+    Random& random = self.launch->random;
+    auto copy = pending.copies.begin();
+    for (; copy != pending.copies.end(); ++copy) {
+        if (copy->group + num_pending >= pending.num_groups && !(random.is_on() && random.below(4) == 0)) break;
+        finish(*self.launch, *copy);
+    }
+    pending.copies.erase(pending.copies.begin(), copy);
+}
+
 // -- exits --------------------------------------------------------------------------------------------------------
 
-inline void check_own_stores(Thread& self) {
-    if (self.stores == nullptr || self.stores->stores.empty()) return;
-    const Where where = self.stores->stores.front().where;
-    fail("the thread ends without a wait for its bulk store (%s:%d)", where.file, where.line);
+inline void check_own_copies(Thread& self) {
+    if (self.stores != nullptr && !self.stores->stores.empty()) {
+        const Where where = self.stores->stores.front().where;
+        fail("the thread ends without a wait for its bulk store (%s:%d)", where.file, where.line);
+    }
+    if (self.copies != nullptr && !self.copies->copies.empty()) {
+        const Where where = self.copies->copies.front().where;
+        fail("the thread ends without a wait for its async_copy (%s:%d)", where.file, where.line);
+    }
 }
 
 inline void check_loads(Block& block) {

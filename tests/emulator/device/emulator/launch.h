@@ -15,7 +15,7 @@ namespace emulator {
 inline void run_thread() {
     Thread& self = current();
     self.launch->entry(self.launch->arguments);
-    check_own_stores(self);
+    check_own_copies(self);
     retire(self);
     Block& block = *self.block;
     if (block.num_alive == 0) {
@@ -70,6 +70,10 @@ class Memory {
             if (block.arena == nullptr) continue;
             delete block.mbarriers;
             arena_pool.give(block.arena);
+        }
+        while (PendingCopies* copies = launch_.all_copies) {
+            launch_.all_copies = copies->next;
+            delete copies;
         }
         while (PendingStores* stores = launch_.all_stores) {
             launch_.all_stores = stores->next;

@@ -22,6 +22,7 @@ struct Launch;
 struct Thread;
 struct Warp;
 struct PendingStores;
+struct PendingCopies;
 struct Mbarriers;
 
 // The line of a call. As a default argument of an outer function it is the line that calls that one.
@@ -62,6 +63,7 @@ struct alignas(64) Thread {
     Where where;            // it waits, or waited last
     PendingStores* stores;       // nullptr: it has begun none
     uint64_t num_store_groups;  // that it has committed
+    PendingCopies* copies;      // likewise
 };
 
 inline void Queue::push(Thread* thread) {
@@ -159,6 +161,7 @@ struct Poll {
     uint64_t value;
 };
 inline constexpr uint32_t kNumPolls = 2048;
+inline constexpr uint32_t kPollsPerSet = 8;  // addresses that share a place would take turns, and look like progress
 
 struct Launch {
     dim3 grid, block;
@@ -167,6 +170,7 @@ struct Launch {
     uint64_t dynamic_shared_bytes;
     Block* blocks;
     PendingStores* all_stores;
+    PendingCopies* all_copies;
     Random random{0};
     Context scheduler;
     bool has_progress;
@@ -267,13 +271,20 @@ inline void wait_in(Queue& queue, Thread& self, const char* waits_for, Where whe
 inline void note_poll(const void* address, uint64_t value) {
     Thread& self = current();
     const uint64_t hash = reinterpret_cast<uint64_t>(address) * 0x9e3779b97f4a7c15 >> 32;
-    Poll& poll = self.launch->polls[hash % kNumPolls];
-    if (poll.address == address && poll.value == value) {
-        self.warp->has_polled = true;
-    } else {
-        poll = {address, value};
-        self.launch->has_progress = true;
+    Poll* set = &self.launch->polls[hash % (kNumPolls / kPollsPerSet) * kPollsPerSet];
+    for (uint32_t i = 0; i < kPollsPerSet; ++i) {
+        if (set[i].address != address) continue;
+        if (set[i].value == value) {
+            self.warp->has_polled = true;
+        } else {
+            set[i].value = value;
+            self.launch->has_progress = true;
+        }
+        return;
     }
+    memmove(&set[1], &set[0], (kPollsPerSet - 1) * sizeof(Poll));
+    set[0] = {address, value};
+    self.launch->has_progress = true;
 }
 
 inline void note_progress() { current().launch->has_progress = true; }

@@ -45,6 +45,16 @@ inline uint32_t atom_add_relaxed_gpu(uint32_t* address, uint32_t value) {
     return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
+inline uint64_t atom_add_relaxed_gpu(uint64_t* address, uint64_t value) {
+    emulator::begin_atomic();
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+inline void red_add_relaxed_gpu(uint64_t* address, uint64_t value) { atom_add_relaxed_gpu(address, value); }
+
+inline uint32_t ld_acquire_block(const uint32_t* shared) { return emulator::look<__ATOMIC_ACQUIRE>(shared); }
+inline void st_release_block(uint32_t* shared, uint32_t value) { emulator::put<__ATOMIC_RELEASE>(shared, value); }
+
 inline uint32_t atom_cas_relaxed_gpu(uint32_t* address, uint32_t expected, uint32_t value) {
     return emulator::compare_and_swap(address, expected, value);
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from emulated_gpu import device, events, memory, queues
+from emulated_gpu import device, events, memory, modules, queues
 from emulated_gpu.status import GpuError, Status
 
 CUresult = enum.IntEnum(  # type: ignore[misc]
@@ -69,6 +70,27 @@ class CUmemAccessDesc:
         self.flags: CUmemAccess_flags | None = None
 
 
+class CUlaunchAttributeID(enum.IntEnum):
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class _LaunchAttributeValue:
+    programmaticStreamSerializationAllowed = 0
+
+
+class CUlaunchAttribute:
+    __slots__ = ("id", "value")
+
+    def __init__(self) -> None:
+        self.id: CUlaunchAttributeID | None = None
+        self.value = _LaunchAttributeValue()
+
+
+class CUlaunchConfig:
+    gridDimX = gridDimY = gridDimZ = blockDimX = blockDimY = blockDimZ = sharedMemBytes = hStream = numAttrs = 0
+    attrs: Sequence[CUlaunchAttribute] = ()
+
+
 def _api(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     """As the bindings answer: a tuple of the status and of what the function returns."""
 
@@ -121,6 +143,21 @@ def cuCtxPopCurrent() -> int:
     popped = device.current()
     device.set_current(_stack().pop())
     return popped
+
+
+@_api
+def cuLaunchKernelEx(config: CUlaunchConfig, function: int, parameters: int, extra: int) -> None:
+    """As ``launchKernel`` of CuPy's stand-in; kernels of a stream do not overlap."""
+    if (config.gridDimY, config.gridDimZ, config.blockDimY, config.blockDimZ, extra) != (1, 1, 1, 1, 0):
+        raise NotImplementedError("only grids and blocks of one dimension are emulated")
+    if [attribute.id for attribute in config.attrs] != [
+        CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    ] or config.numAttrs != 1:
+        raise NotImplementedError("no other attribute is emulated")
+    address = ctypes.c_void_p.from_address(parameters).value
+    assert address is not None
+    shape = config.gridDimX, config.blockDimX, config.sharedMemBytes
+    modules.launch(function, *shape, config.hStream, address)
 
 
 @_api

@@ -43,6 +43,10 @@ def runtimeGetVersion() -> int:
     return 13000
 
 
+def driverGetVersion() -> int:
+    return 13000
+
+
 def getDeviceCount() -> int:
     return device.NUM_GPUS
 

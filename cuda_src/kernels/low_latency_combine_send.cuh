@@ -1,0 +1,222 @@
+// low_latency_combine_send.cuh: the send half. Rows that are pulled need only be told of; otherwise a warp takes a piece of
+// a message of the dispatch, and writes it to the source, at the places of the token's choices: the rows as they are, or
+// encoded, or their sum.
+#pragma once
+
+#include "common/logfmt.cuh"
+#include "kernels/low_latency_combine.cuh"
+
+namespace epcomm {
+
+// -- where things are -------------------------------------------------------------------------------------------------
+
+// All threads: tell the sources that fall to this block where their rows are. The threads have executed a fence.
+__device__ inline void send_places(const LowLatencyCombineArgs& args, const Call& call, uint32_t reachable) {
+    const Comm& comm = args.comm;
+    const int num_local = args.num_local_experts;
+#pragma unroll 1
+    for (int source = blockIdx.x; source < comm.num_ranks; source += gridDim.x) {
+        if (!(reachable >> source & 1)) continue;
+        // RELEASE what earlier kernels of this stream wrote to the combine buffer, by the fence at the start of this one;
+        // if the rows are pushed, that says only so. Pairs with the ACQUIRE in await_places, there.
+#pragma unroll 1
+        for (int expert = threadIdx.x; expert < num_local; expert += kThreads)
+            ptx::st_relaxed_sys(&args.begins_at(source)[comm.rank * num_local + expert],
+                                tagged(call.sequence, args.is_pulled ? args.begin_of(expert, source) : 0));
+    }
+}
+
+// All threads of all blocks: the weights of this rank's choices, to their owners. Cells that carry their own flag.
+__device__ inline void send_weights(const LowLatencyCombineArgs& args, const Call& call, uint32_t reachable) {
+    const int num_choices = args.num_tokens * args.num_topk;
+#pragma unroll 1
+    for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
+        const int expert = pointer<const int2>(args.send_info)[i].x;
+        const int owner = args.by_local.divide(max(expert, 0));
+        if (expert < 0 || !(reachable >> owner & 1)) continue;
+        // Pairs with await_weight, there.
+        ptx::st_relaxed_sys(args.weight_at(owner, args.comm.rank, i),
+                            tagged(call.sequence, pointer<const uint32_t>(args.topk_weights)[i]));
+    }
+}
+
+// Whether a rank that has been heard of takes part in this very call; one that has not may yet come.
+__device__ inline bool may_come(const LowLatencyCombineArgs& args, const Call& call, int source) {
+    const uint64_t word = ptx::ld_relaxed_sys(&args.comm.own().slot_ready[args.slot.index()][source]);
+    const uint32_t sequence = static_cast<uint32_t>(word >> 32), what = static_cast<uint32_t>(word);
+    return !reached(sequence, call.sequence) || (sequence == call.sequence && (what ^ args.slot.digest) <= 1);
+}
+
+// All lanes: the weight of a choice of `source` for each lane that wants one. False: there is none, or the call has failed.
+// `start_ns`: when this warp began to send.
+__device__ inline bool await_weights(const LowLatencyCombineArgs& args, const Call& call, int source, int64_t choice,
+                                     bool is_wanted, uint64_t start_ns, float& weight) {
+    const Comm& comm = args.comm;
+    uint64_t cell = 0;
+    uint32_t late = 0;
+    auto awaited = [&] {
+        if (!is_wanted) return 0u;
+        // Pairs with send_weights, there.
+        cell = ptx::ld_relaxed_sys(args.weight_at(comm.rank, source, choice));
+        if (is_filled(cell, call) || !may_come(args, call, source)) return 0u;
+        // Half of the time: others who have nothing from a late rank wait for this one, and must not take it for late.
+        if (args.slot.leaves_late && ptx::globaltimer_ns() - start_ns > comm.timeout_ns / 2) late = 1u << source;
+        return late ^ 1u << source;
+    };
+    if (!wait_in_lanes(comm, call, kPhaseDone, awaited)) return false;
+    if (!mask_late(comm, call, kPhaseDone, __reduce_or_sync(~0u, late))) return false;
+    weight = __uint_as_float(static_cast<uint32_t>(cell));
+    return __all_sync(~0u, !is_wanted || is_filled(cell, call));
+}
+
+// -- pieces -----------------------------------------------------------------------------------------------------------
+
+// Some pieces of the rows of a message. Lane i looks after the i-th choice.
+struct Parcel {
+    int source, num_choices;
+    int64_t choice;            // of this lane, at the source
+    uint64_t from, to;         // its row at this rank, and its place at the source
+    uint32_t piece, num_pieces;
+    uint32_t begin, num_bytes; // of a row, before it is encoded
+
+    // All lanes: `num_pieces` from `piece` on.
+    __device__ Parcel(const LowLatencyCombineArgs& args, int source, int message, uint32_t piece, uint32_t num_pieces)
+        : source(source), piece(piece), num_pieces(num_pieces) {
+        const int lane = lane_index(), num_topk = args.num_topk;
+        const int32_t* kept = pointer<const int32_t>(args.messages) +
+                              (static_cast<int64_t>(source) * args.max_tokens + message) * (1 + num_topk);
+        const Header header(kept[0]);
+        const Choice chosen(lane < num_topk ? kept[1 + lane] : 0);  // behind the last one there is anything
+        int row = 0;
+        if (lane < header.num_choices) row = args.begin_of(chosen.expert, source) + chosen.row;
+        num_choices = header.num_choices;
+        choice = static_cast<int64_t>(header.token) * num_topk + chosen.k;
+        from = args.x + (static_cast<int64_t>(chosen.expert) * args.max_rows() + row) * args.row_bytes;
+        to = args.place_of(source, choice);
+        begin = piece * args.piece_bytes;
+        num_bytes = min(num_pieces * args.piece_bytes, args.row_bytes - begin);
+    }
+    __device__ bool is_used() const { return lane_index() < num_choices; }
+};
+
+// All lanes: the rows as they are.
+__device__ inline void push_rows(const Parcel& parcel) {
+    const uint32_t at = lane_index() * sizeof(Vector);
+#pragma unroll 1
+    for (int i = 0; i < parcel.num_choices; ++i) {
+        const Vector* x = pointer<const Vector>(__shfl_sync(~0u, parcel.from, i) + parcel.begin + at);
+        Vector* there = pointer<Vector>(__shfl_sync(~0u, parcel.to, i) + parcel.begin + at);
+        Vector values[kPushColumns];
+#pragma unroll
+        for (int n = 0; n < kPushColumns; ++n)
+            if (at + n * kColumn < parcel.num_bytes) values[n] = x[n * kWarp];
+#pragma unroll
+        for (int n = 0; n < kPushColumns; ++n)
+            if (at + n * kColumn < parcel.num_bytes) there[n * kWarp] = values[n];
+    }
+}
+
+// All lanes: the rows in LogFMT. A column is two groups of channels.
+__device__ inline void push_encoded_rows(const Parcel& parcel, uint32_t hidden) {
+    const uint32_t at = lane_index() * sizeof(Vector);
+#pragma unroll 1
+    for (int i = 0; i < parcel.num_choices; ++i) {
+        const uint64_t x = __shfl_sync(~0u, parcel.from, i) + parcel.begin + at;
+        uint8_t* there = pointer<uint8_t>(__shfl_sync(~0u, parcel.to, i));
+        auto load = [&](uint32_t column) {
+            const bool is_there = at + column * kColumn < parcel.num_bytes;
+            return is_there ? pointer<const Vector>(x)[column * kWarp] : Vector{0, 0, 0, 0};
+        };
+        Vector now = load(0), next = load(1);  // and one more is on its way while the first is encoded
+#pragma unroll 1
+        for (uint32_t column = 0; column * kColumn < parcel.num_bytes; ++column) {
+            const Vector behind = load(column + 2);
+            Sum values;
+            values.add(now);
+            const uint32_t word = logfmt_word(values.value);
+            const uint32_t group = (parcel.begin + at + column * kColumn) / (kLogfmtBlock * 2);
+            if (at + column * kColumn < parcel.num_bytes) {
+                store_logfmt(there, group, encode_logfmt(values.value, word));
+                if (lane_index() % kLogfmtLanes == 0)
+                    *reinterpret_cast<uint32_t*>(there + logfmt_word_offset(hidden, group)) = word;
+            }
+            now = next;
+            next = behind;
+        }
+    }
+}
+
+// All lanes: the sum of the rows, each lane with the weight of its choice, to the place of the first choice.
+__device__ inline void push_sum(const Parcel& parcel, float weight) {
+    constexpr int kSumColumns = 4;  // that are added at once
+    const uint64_t there = __shfl_sync(~0u, parcel.to, 0) + parcel.begin;
+#pragma unroll 1
+    for (uint32_t at = lane_index() * sizeof(Vector); at < round_up(parcel.num_bytes, kColumn);
+         at += kSumColumns * kColumn) {
+        Sum sums[kSumColumns];
+#pragma unroll 1
+        for (int i = 0; i < parcel.num_choices; ++i) {
+            const Vector* x = pointer<const Vector>(__shfl_sync(~0u, parcel.from, i) + parcel.begin + at);
+            const float factor = __shfl_sync(~0u, weight, i);
+            Vector values[kSumColumns];
+#pragma unroll
+            for (int n = 0; n < kSumColumns; ++n)
+                values[n] = at + n * kColumn < parcel.num_bytes ? x[n * kWarp] : Vector{0, 0, 0, 0};
+#pragma unroll
+            for (int n = 0; n < kSumColumns; ++n) sums[n].add_weighted(factor, values[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < kSumColumns; ++n)
+            if (at + n * kColumn < parcel.num_bytes) pointer<Vector>(there + at)[n * kWarp] = sums[n].rounded();
+    }
+}
+
+// All lanes; `start_ns` as above.
+__device__ inline void push(const LowLatencyCombineArgs& args, const Call& call, const Parcel& parcel,
+                            uint64_t start_ns) {
+    float weight = 0;
+    if constexpr (kPayload == kRows) push_rows(parcel);
+    if constexpr (kPayload == kEncodedRows) push_encoded_rows(parcel, args.row_bytes / 2);
+    if constexpr (kPayload == kPartialSums) {
+        if (!await_weights(args, call, parcel.source, parcel.choice, parcel.is_used(), start_ns, weight)) return;
+        push_sum(parcel, weight);
+    }
+    __syncwarp();
+    ptx::fence_acq_rel_sys();
+    // RELEASE the pieces, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE in find_rows.
+    const bool is_sent = kPayload == kPartialSums ? lane_index() == 0 : parcel.is_used();
+#pragma unroll 1
+    for (uint32_t i = 0; is_sent && i < parcel.num_pieces; ++i)
+        ptx::st_relaxed_sys(args.piece_at(parcel.source, parcel.choice, parcel.piece + i), tagged(call.sequence, 0));
+}
+
+// All warps: the messages of the dispatch, back to their sources.
+__device__ inline void push_messages(const LowLatencyCombineArgs& args, const Call& call, const Shared& shared) {
+    const Comm& comm = args.comm;
+    const uint32_t num_messages = shared.first_message[comm.num_ranks], num_warps = gridDim.x * kWarps;
+    // A fence takes about as long as moving a few KB does: there is one for as many pieces as a warp can have on their way,
+    // but warps go first.
+    const uint32_t most = kPushColumns * kColumn / args.piece_bytes;
+    const uint32_t a_unit = min(most, max(1u, num_messages * args.num_pieces / (2 * num_warps)));
+    const uint32_t units_a_row = (args.num_pieces + a_unit - 1) / a_unit, num_units = num_messages * units_a_row;
+    const uint64_t start_ns = kPayload == kPartialSums && args.slot.leaves_late ? ptx::globaltimer_ns() : 0;
+#pragma unroll 1
+    for (uint32_t unit = blockIdx.x + warp_index() * gridDim.x; unit < num_units; unit += num_warps) {
+        const uint32_t number = unit / units_a_row, piece = (unit - number * units_a_row) * a_unit;
+        const bool is_before = lane_index() < comm.num_ranks && shared.first_message[lane_index()] <= number;
+        const int source = __popc(__ballot_sync(~0u, is_before)) - 1;
+        if (!(shared.opening.reachable >> source & 1)) continue;
+        const int message = number - shared.first_message[source];
+        push(args, call, Parcel(args, source, message, piece, min(a_unit, args.num_pieces - piece)), start_ns);
+    }
+}
+
+// One warp: number the messages of all sources.
+__device__ inline void number_messages(const LowLatencyCombineArgs& args, Shared& shared) {
+    const int lane = lane_index(), num_ranks = args.comm.num_ranks;
+    const int sum = sum_to_lane(lane < num_ranks ? pointer<const int32_t>(args.num_messages)[lane] : 0);
+    if (lane == 0) shared.first_message[0] = 0;
+    if (lane < num_ranks) shared.first_message[lane + 1] = sum;
+}
+
+}  // namespace epcomm
