@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common/types.cuh"
+#include "ptx/math.cuh"
 
 namespace epcomm {
 
@@ -58,9 +59,9 @@ __device__ __forceinline__ void store_logfmt(uint8_t* row, uint32_t group, const
 // -- arithmetic -------------------------------------------------------------------------------------------------------
 
 // A subnormal is so far below the grid that it may be taken for 0.
-__device__ __forceinline__ float logfmt_log2(float x) { return __log2f(x); }
+__device__ __forceinline__ float logfmt_log2(float x) { return ptx::lg2(x); }
 // From -16 to 0, or a little above it.
-__device__ __forceinline__ float logfmt_exp2(float x) { return exp2f(x); }
+__device__ __forceinline__ float logfmt_exp2(float x) { return ptx::ex2(x); }
 
 // A power of two that brings a largest magnitude to [1, 4), a subnormal one below 1.
 __device__ __forceinline__ float logfmt_scale(uint32_t largest) {

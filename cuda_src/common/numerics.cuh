@@ -81,6 +81,16 @@ template <> __device__ __forceinline__ unsigned int VectorSum<__half>::word(int 
     return *reinterpret_cast<const unsigned int*>(&pair);
 }
 
+// 8 bfloat16.
+__device__ __forceinline__ void unpack(uint4 v, float (&x)[8]) {
+    const unsigned int words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
 // Of two pairs of bfloat16, the larger ones; NaN loses.
 __device__ __forceinline__ unsigned int larger_pair(unsigned int a, unsigned int b) {
     const __nv_bfloat162 pair =

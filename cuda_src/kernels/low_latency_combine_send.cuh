@@ -131,12 +131,12 @@ __device__ inline void push_encoded_rows(const Parcel& parcel, uint32_t hidden) 
 #pragma unroll 1
         for (uint32_t column = 0; column * kColumn < parcel.num_bytes; ++column) {
             const Vector behind = load(column + 2);
-            Sum values;
-            values.add(now);
-            const uint32_t word = logfmt_word(values.value);
+            float values[kLogfmtLane];
+            unpack(now, values);
+            const uint32_t word = logfmt_word(values);
             const uint32_t group = (parcel.begin + at + column * kColumn) / (kLogfmtBlock * 2);
             if (at + column * kColumn < parcel.num_bytes) {
-                store_logfmt(there, group, encode_logfmt(values.value, word));
+                store_logfmt(there, group, encode_logfmt(values, word));
                 if (lane_index() % kLogfmtLanes == 0)
                     *reinterpret_cast<uint32_t*>(there + logfmt_word_offset(hidden, group)) = word;
             }

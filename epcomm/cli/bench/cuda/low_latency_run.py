@@ -25,7 +25,7 @@ p50, p99: CUDA events around each call, which follows a device barrier.
 row: mean of many calls back to back; graph: the same in graphs of 10.
 Ranks wait for each other in every call, and in nothing else there.
 send, recv: medians of the halves in hook mode, each after a device barrier.
-host: Python's time from call to return, median. All of the slowest rank.
+host: Python's time of a call in a row, median. All of the slowest rank.
 MB: from other ranks, mean of the ranks: in a dispatch a row, with its scales,
 for each token and other rank; in a combine one for each choice there, in
 10 bits a channel with LogFMT; pre-reduced, as in a dispatch."""

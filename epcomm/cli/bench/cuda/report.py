@@ -141,7 +141,7 @@ def _host_times(run: CudaRun) -> Iterator[str]:
     for result in run.measured:
         if result.python_us is not None:
             seen.setdefault(result.operation.name, result.python_us)
-    yield "  Python's time from call to return, median, us (slowest rank, CuPy arrays):"
+    yield "  Python's time of a call in a row, median, us (slowest rank, CuPy arrays):"
     yield from (f"    {name:25s}{value:7.0f}" for name, value in seen.items())
     first, another = run.construct_s
     yield f"  constructing a Buffer: {first:.2f} s the first of a process, {another:.2f} s another one"

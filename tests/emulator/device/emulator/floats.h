@@ -34,8 +34,6 @@ inline float __fdiv_rn(float a, float b) { return emulator::with_gpu_nan(a / b);
 inline float __frcp_rn(float x) { return emulator::with_gpu_nan(1.0f / x); }
 inline float __fmaf_rn(float a, float b, float c) { return emulator::with_gpu_nan(std::fma(a, b, c)); }
 inline float __fsqrt_rn(float x) { return emulator::with_gpu_nan(std::sqrt(x)); }
-// The C library has this name for itself.
-#define __log2f(x) ::emulator::with_gpu_nan(std::log2(static_cast<float>(x)))
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
