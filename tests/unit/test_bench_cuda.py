@@ -283,7 +283,7 @@ def make_run(names_us: dict[str, float], case: Case, copy_bytes_per_s: float = 4
     routing = checks.Routing(*(np.stack(arrays) for arrays in _routings(case)), case.experts // case.ranks)
     calls = object.__new__(Calls)
     calls._case, calls._routing = case, routing
-    machine = run.Machine("NVIDIA H200", 132, case.ranks, 1, True, "580.1", "13.0", "14.2.0", copy_bytes_per_s)
+    machine = run.Machine("NVIDIA H200", 132, case.ranks, 1, True, "580.1", "13.0", "14.2.0", copy_bytes_per_s, None)
     measured = [
         run.Measured(operation, 16, [names_us[operation.name]], names_us[operation.name], None)
         for operation, _ in calls.operations()

@@ -7,6 +7,7 @@
     throughput.py    beside a bare Alltoallv of the same bytes
     low_latency.py
     report.py        the table, the JSON lines
+    suite.py         tests and tables of all sizes, in one report
     cuda/            both modes on GPUs
 """
 
@@ -65,11 +66,22 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--sms", metavar="N[,N...]", help="CUDA: SMs of an operation (default: the Buffer's)")
     parser.add_argument("--repeats", type=int, default=50, metavar="N", help="measured calls (default: 50)")
     parser.add_argument("--json", metavar="FILE", help="also write one JSON object a measured row")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="CUDA: the tests, then tables of all sizes, in at most 9 minutes; a rank for each GPU. "
+        "Of the other options --ranks, --repeats and --json have a meaning",
+    )
     parser.set_defaults(func=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the bench; 0 when the results were right."""
+    if args.report:
+        from epcomm.cli.bench import suite
+
+        return suite.main(args)
+    del args.report  # the ranks are started with the other options
     return job.run("bench", args, _prepare, _program)
 
 

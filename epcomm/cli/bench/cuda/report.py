@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -62,15 +63,7 @@ def to_json_lines(case: Case, run: CudaRun) -> list[str]:
         "repeats": case.repeats,
         "own_rows_included": True,
         "rates_of": "chain_us; p50_us where the call waits on the host",
-        "gpu": machine.gpu,
-        "gpus": machine.num_gpus,
-        "gpu_sms": machine.num_sms,
-        "ranks_on_gpu": machine.ranks_on_gpu,
-        "mps": machine.mps,
-        "driver": machine.driver,
-        "cuda": machine.cuda,
-        "cupy": machine.cupy,
-        "copy_tb_per_s": machine.copy_bytes_per_s / 1e12,
+        **asdict(machine),
         "arena_bytes": run.arena_bytes,
         "construct_first_s": run.construct_s[0],
         "construct_another_s": run.construct_s[1],
@@ -119,6 +112,8 @@ def _header(case: Case, run: CudaRun) -> Iterator[str]:
     yield f"  {case.tokens} tokens a rank, hidden {case.hidden}, top-{case.topk} of {case.experts} experts"
     yield f"  {case.dtype}{scales}{back}; {case.routing} routing; arena {run.arena_bytes / 1e6:.0f} MB"
     yield f"  {case.repeats} calls of each; copy speed {machine.copy_bytes_per_s / 1e12:.2f} TB/s (read + written)"
+    if machine.peer_bytes_per_s is not None:
+        yield f"  a plain copy to the next GPU, all at once: {machine.peer_bytes_per_s / 1e9:.0f} GB/s"
     yield "  every row of every rank was right in all its bits, before and after"
 
 

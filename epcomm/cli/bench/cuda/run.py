@@ -19,7 +19,7 @@ from epcomm.cli.bench.case import Case
 from epcomm.cli.bench.cuda.calls import Calls, Operation
 from epcomm.cli.bench.cuda.checks import gather_routing
 from epcomm.cli.bench.cuda.construction import construction_s
-from epcomm.cli.bench.cuda.timing import Timer, copy_speed
+from epcomm.cli.bench.cuda.timing import Timer, copy_speed, peer_copy_speed
 from epcomm.config import Config
 
 __all__ = ["CudaRun", "Machine", "Measured", "machine_of", "run"]
@@ -72,6 +72,7 @@ class Machine:
         ranks_on_gpu: largest number of ranks on one GPU.
         mps: whether they are clients of an MPS daemon.
         copy_bytes_per_s: measured speed of a copy, read and written.
+        peer_bytes_per_s: of one to the next rank, all ranks at once; None where all are on one GPU.
     """
 
     gpu: str
@@ -83,6 +84,7 @@ class Machine:
     cuda: str
     cupy: str
     copy_bytes_per_s: float
+    peer_bytes_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ def machine_of(comm: Communicator, cupy: Any, stream: Any) -> Machine:
     speed = copy_speed(cupy, stream) if comm.rank == 0 else 0.0
     cupy.get_default_memory_pool().free_all_blocks()
     speed = comm.bcast(speed)  # the others wait here, so that the GPU has nothing else to do
+    peer_speed = peer_copy_speed(cupy, comm, stream) if len(set(uuids)) > 1 else None
+    cupy.get_default_memory_pool().free_all_blocks()
     version = runtime.runtimeGetVersion()
     return Machine(
         gpu=properties["name"].decode(),
@@ -181,6 +185,7 @@ def machine_of(comm: Communicator, cupy: Any, stream: Any) -> Machine:
         cuda=f"{version // 1000}.{version % 1000 // 10}",
         cupy=cupy.__version__,
         copy_bytes_per_s=speed,
+        peer_bytes_per_s=peer_speed,
     )
 
 
