@@ -255,13 +255,17 @@ class LowLatencyHandle(_Handle):
         src_info: int32 ``[L, R * max_tokens]``, the source's token index of every received row, -1 elsewhere.
         recv_ranges: int32 ``[L, R, 2]``, number of rows from each source rank, and the first of them.
         num_max_dispatch_tokens_per_rank, hidden, num_experts, num_tokens: sizes.
+        num_topk: K.
         buffer_id: id of the Buffer that made the handle.
+        dispatch_id: which of that Buffer's low-latency dispatches since its `epoch`; equal on all ranks.
+        epoch: how often masked ranks had been brought back before.
         framework: the framework in which indexing returns arrays.
         send_info: int32 ``[T, K, 2]`` on the CUDA backend: the expert of each choice, and the index of the row among
             those of this rank there; -1 where nothing was sent. Else None.
         messages: int32 ``[R, max_tokens, 1 + K]`` on the CUDA backend: what came with each token, see
             ``cuda_src/sync/message.cuh``; else None.
-        num_messages: int32 ``[R]`` on the CUDA backend: tokens received from each rank; else None.
+        num_messages: int32 ``[R + 1]`` on the CUDA backend: tokens received from each rank, and the ranks that have
+            sent, a bit each; else None.
         stream: the CUDA stream in which the dispatch ran; None on the host backend.
     """
 
@@ -270,7 +274,10 @@ class LowLatencyHandle(_Handle):
     num_max_dispatch_tokens_per_rank: int
     hidden: int
     num_experts: int
+    num_topk: int
     buffer_id: int
+    dispatch_id: int
+    epoch: int
     num_tokens: int
     framework: str
     send_info: Any = None

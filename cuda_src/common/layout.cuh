@@ -109,8 +109,8 @@ struct Signals {
     uint64_t window_ack[2][kMaxRanks];
     // After a mismatch: by 2 * (Operation - kDispatch) + parity, and by Operation for those of low latency.
     uint64_t entry_agreed[kNumOperations][kMaxRanks][kNumEntryAgreed];
-    // By Operation - kLowLatencyDispatch: {sequence << 32 | digest, or kRejected, or kLeftOut}, and the sequence of the
-    // last call of the slot that the rank is through with.
+    // By Operation - kLowLatencyDispatch: {sequence << 32 | digest, whose last bit says whether rows are to be pulled, or
+    // kRejected, or kLeftOut}, and the sequence of the last call of the slot that the rank is through with.
     uint64_t slot_ready[2 * kNumSlots][kMaxRanks];
     uint32_t slot_ack[2 * kNumSlots][kMaxRanks];
 };

@@ -24,7 +24,7 @@ namespace epcomm {
 // All threads of all blocks.
 __device__ inline void send(const LowLatencyCombineArgs& args, const Call& call, Shared& shared) {
     const uint32_t reachable = shared.opening.reachable;
-    if (reachable == 0 || args.slot.is_rejected) return;
+    if (reachable == 0 || shared.dispatched == 0) return;
     if (kMayPull) send_places(args, call, reachable);
     if (kPayload == kPartialSums) send_weights(args, call, reachable);
     if (!args.is_pulled) push_messages(args, call, shared);
@@ -41,20 +41,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const bool is_server = warp_index() == kServer;
     ptx::wait_for_earlier_kernels();
     if (is_server) open(comm, slot, shared.opening);
-    if (slot.sends() && !args.is_pulled && !slot.is_rejected && warp_index() == 0) number_messages(args, shared);
+    if (warp_index() == 0) number_messages(args, shared);
     if (threadIdx.x == 0) shared.service = kUnderWay;
     // For send_places, by the threads that have something to do there: others of the block wait for memory, too.
     if (args.is_pulled && blockIdx.x < comm.num_ranks && threadIdx.x < args.num_local_experts) ptx::fence_acq_rel_sys();
     __syncthreads();
     if (!shared.opening.is_admitted) return;
     const Call call = {static_cast<Operation>(slot.operation), shared.opening.sequence, 0};
-    if (is_server) introduce(comm, call, slot, shared.opening, args.is_pulled);
+    const Greeting greeting = {shared.dispatched == 0, args.is_pulled != 0};
+    if (is_server) introduce(comm, call, slot, shared.opening, greeting);
     if (slot.sends()) send(args, call, shared);
-    if (slot.sends() && slot.leaves_late) greet_at_last(comm, call, slot, args.is_pulled);
+    if (slot.sends() && slot.leaves_late) greet_at_last(comm, call, slot, greeting);
     if (slot.receives()) {
         Units units(comm, call, slot);
         Asked asked;
-        if (!slot.is_rejected) ask(args, units.take(), asked);
+        if (shared.dispatched != 0) ask(args, units.take(), asked);
         if (is_server) serve(args, call, shared);
         if (await_places(args, call, begins, shared)) sum_tokens(args, call, begins, ring, shared, units, asked);
     }

@@ -37,7 +37,7 @@ struct LowLatencyCombineArgs {
     uint64_t send_info;          // int32 [num_tokens, num_topk, 2], of the dispatch
     uint64_t layout_range;       // int64 [L, num_ranks], of the dispatch: first row << 32 | rows
     uint64_t messages;           // int32 [num_ranks, max_tokens, 1 + num_topk], of the dispatch
-    uint64_t num_messages;       // int32 [num_ranks], of the dispatch
+    uint64_t num_messages;       // int32 [num_ranks + 1], of the dispatch: behind them the ranks that had sent, a bit each
     uint64_t out;                // bfloat16 [num_tokens, hidden]
     uint64_t wait_stats;         // int64 [num_ranks] or 0
     uint32_t row_bytes;
@@ -58,6 +58,8 @@ struct LowLatencyCombineArgs {
     __device__ uint64_t* piece_at(int source, int64_t choice, uint32_t piece) const {
         return begins_at(source) + num_experts() + choice * num_pieces + piece;
     }
+    // Of rank `source` at rank `owner`, where there are partial sums: what must be equal on all ranks; no row is pulled.
+    __device__ uint64_t* digest_at(int owner, int source) const { return begins_at(owner) + source; }
     // At rank `owner`: the weight of a choice of `source`.
     __device__ uint64_t* weight_at(int owner, int source, int64_t choice) const {
         const int64_t num_choices = static_cast<int64_t>(max_tokens) * num_topk;
@@ -68,11 +70,12 @@ struct LowLatencyCombineArgs {
         return static_cast<int>(pointer<const int64_t>(layout_range)[expert * comm.num_ranks + source] >> 32);
     }
 };
-static_assert(sizeof(LowLatencyCombineArgs) == 288 + 96 + 256 + 9 * 8 + 10 * 4 + 2 * 8,
+static_assert(sizeof(LowLatencyCombineArgs) == 288 + 88 + 256 + 9 * 8 + 10 * 4 + 2 * 8,
               "LowLatencyCombineArgs differs from epcomm/kernels/low_latency_combine.py");
 
 struct Shared {
     Opening opening;
+    uint32_t dispatched;  // ranks that had sent in the dispatch, a bit each; none: it moved nothing, or this call is rejected
     uint32_t service;
     Arrival arrival;
     int32_t first_message[kMaxRanks + 1];  // by source: number of its first message, of all

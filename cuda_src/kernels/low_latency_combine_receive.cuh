@@ -9,8 +9,11 @@ namespace epcomm {
 // One warp of each block: find out who has sent.
 __device__ inline void serve(const LowLatencyCombineArgs& args, const Call& call, Shared& shared) {
     Arrival arrival = {0, 0};
-    bool good = await_arrival(args.comm, call, args.slot, shared.opening.masked, args.wait_stats, arrival);
-    good = good && arrival.present != 0 && !args.slot.is_rejected;
+    // Where the dispatch moved nothing the host hears of that, and not of peers that say the same now.
+    const bool reports = shared.dispatched != 0 || args.slot.is_rejected;
+    bool good = await_arrival(args.comm, call, args.slot, shared.opening.masked, args.wait_stats, reports, arrival);
+    good = good && arrival.present != 0 && shared.dispatched != 0;
+    arrival.present &= shared.dispatched;
     if (lane_index() == 0) shared.arrival = arrival;
     announce(shared.service, good);
 }
@@ -21,10 +24,11 @@ __device__ inline bool await_places(const LowLatencyCombineArgs& args, const Cal
                                     Shared& shared) {
     if constexpr (!kMayPull) return is_served(shared.service);
     const Comm& comm = args.comm;
-    // Who has its own rows pulled expects the same of the others, and looks for places before it knows. Otherwise warps go
-    // on as they come, unless somebody says so.
-    bool good = args.is_pulled || is_served(shared.service);
-    if (!args.is_pulled && (!good || shared.arrival.pulling == 0)) return good;
+    // Who has its own rows pulled expects the same of the others, and looks for places before it knows, if they surely come.
+    // Otherwise warps go on as they come, unless somebody says so.
+    const bool looks_early = args.is_pulled && !args.slot.leaves_late && shared.dispatched != 0;
+    bool good = looks_early || is_served(shared.service);
+    if (!looks_early && (!good || shared.arrival.pulling == 0)) return good;
 #pragma unroll 1
     for (int first = 0; first < args.num_experts(); first += kThreads) {
         const int expert = first + threadIdx.x, owner = args.by_local.divide(expert);
@@ -73,6 +77,7 @@ __device__ inline void ask(const LowLatencyCombineArgs& args, uint32_t unit, Ask
     asked.begin = min(asked.piece * args.piece_bytes + part * kSmall, piece_end);
     asked.end = min(asked.begin + num_bytes, piece_end);
     asked.sent = {-1, -1};
+    asked.expert = -1;
     if (asked.token >= args.num_tokens || lane_index() >= args.num_topk) return;
     const int64_t at = static_cast<int64_t>(asked.token) * args.num_topk + lane_index();
     asked.sent = pointer<const int2>(args.send_info)[at];
@@ -91,7 +96,9 @@ __device__ inline int find_rows(const LowLatencyCombineArgs& args, const Call& c
     const Arrival arrival = shared.arrival;
     const int2 sent = asked.sent;
     // Choices that are not those of the dispatch have no row, though their owner may have added it; the host hears of it.
-    const bool is_other = sent.x >= 0 && asked.expert != sent.x;
+    bool is_other = sent.x >= 0 && asked.expert != sent.x;
+    if (sent.x < 0 && asked.expert >= 0 && asked.expert < args.num_experts())  // nothing to somebody who was there
+        is_other = shared.dispatched >> args.by_local.divide(static_cast<uint32_t>(asked.expert)) & 1;
     if (__any_sync(~0u, is_other) && lane == 0)
         ptx::st_relaxed_sys(&comm.page()->other_choices, call.sequence << 1 | (args.slot.index() & 1));
     const int owner = args.by_local.divide(max(sent.x, 0));
@@ -113,7 +120,7 @@ __device__ inline int find_rows(const LowLatencyCombineArgs& args, const Call& c
     } else if (is_there) {
         row = args.place_of(comm.rank, at);
     }
-    // ACQUIRE pushed pieces. Pairs with the release of push_pieces, there.
+    // ACQUIRE pushed pieces. Pairs with the release of push, there.
     auto awaited = [&] {
         const bool is_pending = is_there && !is_pulled;
         return is_pending && !is_filled(ptx::ld_acquire_sys(args.piece_at(comm.rank, at, asked.piece)), call) ? 1u << owner : 0u;

@@ -26,8 +26,12 @@ __device__ inline void send_places(const LowLatencyCombineArgs& args, const Call
     }
 }
 
-// All threads of all blocks: the weights of this rank's choices, to their owners. Cells that carry their own flag.
+// All threads of all blocks: the weights of this rank's choices, to their owners. Cells that carry their own flag. With
+// other sizes they lie elsewhere, so what must be equal goes ahead of all greetings.
 __device__ inline void send_weights(const LowLatencyCombineArgs& args, const Call& call, uint32_t reachable) {
+    const int r = threadIdx.x;
+    if (blockIdx.x == 0 && r < args.comm.num_ranks && (reachable >> r & 1))
+        ptx::st_relaxed_sys(args.digest_at(r, args.comm.rank), tagged(call.sequence, args.slot.digest));
     const int num_choices = args.num_tokens * args.num_topk;
 #pragma unroll 1
     for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
@@ -42,8 +46,11 @@ __device__ inline void send_weights(const LowLatencyCombineArgs& args, const Cal
 
 // Whether a rank that has been heard of takes part in this very call; one that has not may yet come.
 __device__ inline bool may_come(const LowLatencyCombineArgs& args, const Call& call, int source) {
-    const uint64_t word = ptx::ld_relaxed_sys(&args.comm.own().slot_ready[args.slot.index()][source]);
+    const Comm& comm = args.comm;
+    const uint64_t word = ptx::ld_relaxed_sys(&comm.own().slot_ready[args.slot.index()][source]);
+    const uint64_t early = ptx::ld_relaxed_sys(args.digest_at(comm.rank, source));
     const uint32_t sequence = static_cast<uint32_t>(word >> 32), what = static_cast<uint32_t>(word);
+    if (is_filled(early, call) && static_cast<uint32_t>(early) != args.slot.digest) return false;
     return !reached(sequence, call.sequence) || (sequence == call.sequence && (what ^ args.slot.digest) <= 1);
 }
 
@@ -179,6 +186,8 @@ __device__ inline void push(const LowLatencyCombineArgs& args, const Call& call,
     if constexpr (kPayload == kEncodedRows) push_encoded_rows(parcel, args.row_bytes / 2);
     if constexpr (kPayload == kPartialSums) {
         if (!await_weights(args, call, parcel.source, parcel.choice, parcel.is_used(), start_ns, weight)) return;
+        // By now the source may have done without this rank, see await_room.
+        if (args.slot.leaves_late && __any_sync(~0u, went_on(args.comm, call, args.slot, parcel.source))) return;
         push_sum(parcel, weight);
     }
     __syncwarp();
@@ -211,10 +220,12 @@ __device__ inline void push_messages(const LowLatencyCombineArgs& args, const Ca
     }
 }
 
-// One warp: number the messages of all sources.
+// One warp: number the messages of all sources. Those of ranks that had not sent are none.
 __device__ inline void number_messages(const LowLatencyCombineArgs& args, Shared& shared) {
     const int lane = lane_index(), num_ranks = args.comm.num_ranks;
-    const int sum = sum_to_lane(lane < num_ranks ? pointer<const int32_t>(args.num_messages)[lane] : 0);
+    const int32_t* num_messages = pointer<const int32_t>(args.num_messages);
+    const int sum = sum_to_lane(lane < num_ranks && !args.slot.is_rejected ? num_messages[lane] : 0);
+    if (lane == 0) shared.dispatched = args.slot.is_rejected ? 0 : num_messages[num_ranks];
     if (lane == 0) shared.first_message[0] = 0;
     if (lane < num_ranks) shared.first_message[lane + 1] = sum;
 }

@@ -67,15 +67,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (is_sending) prepare(args, tables, values, shared);
     if (threadIdx.x == 0) shared.service = kUnderWay;
     __syncthreads();
-    if (!shared.opening.is_admitted) return;
+    if (!shared.opening.is_admitted) {
+        if (slot.receives()) write_nothing(args);
+        return;
+    }
     const Call call = {static_cast<Operation>(slot.operation), shared.opening.sequence, 0};
-    if (is_server) introduce(comm, call, slot, shared.opening);
+    const Greeting greeting = {slot.is_rejected != 0, false};
+    if (is_server) introduce(comm, call, slot, shared.opening, greeting);
     if (is_sending) send(args, call, tables, values, shared);
-    if (slot.sends() && slot.leaves_late) greet_at_last(comm, call, slot);
+    if (slot.sends() && slot.leaves_late) greet_at_last(comm, call, slot, greeting);
     if (slot.receives()) {
         Units units(comm, call, slot);
         if (is_server) serve(args, call, tables, shared);
-        if (is_served(shared.service)) receive(args, call, tables, shared, units);
+        if (is_served(shared.service)) {
+            receive(args, call, tables, shared, units);
+        } else {
+            write_nothing(args);
+        }
     }
     if (threadIdx.x == 0) leave(comm, slot);
 }

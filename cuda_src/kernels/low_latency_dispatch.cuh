@@ -19,7 +19,6 @@ inline constexpr bool kIsFp8 = LOW_LATENCY_FP8;
 inline constexpr int kSendVectors = 8;                      // of a piece of x, a lane
 inline constexpr int kRowVectors = kSendVectors >> kIsFp8;  // and of what travels of it
 inline constexpr uint32_t kColumn = kWarp * sizeof(Vector);  // bytes of a row that a warp moves at once
-inline constexpr uint32_t kMaxPiece = kRowVectors * kColumn;
 
 // How rows are scaled; the numbers are in epcomm/kernels/low_latency_dispatch.py.
 enum Scales : uint32_t { kExact = 0, kPowerOfTwo = 1, kExponents = 2 };
@@ -38,7 +37,7 @@ struct LowLatencyDispatchArgs {
     uint64_t src_info;      // int32 [L, max_rows], out
     uint64_t layout_range;  // int64 [L, num_ranks], out: first row << 32 | rows
     uint64_t messages;      // int32 [num_ranks, max_tokens, 1 + num_topk], out: values of the header cells
-    uint64_t num_messages;  // int32 [num_ranks], out
+    uint64_t num_messages;  // int32 [num_ranks + 1], out: behind them the ranks that have sent, a bit each
     uint64_t expert_stats;  // int32 [L] or 0
     uint64_t wait_stats;    // int64 [num_ranks] or 0
     Divisor by_topk, by_local, by_pieces;  // by num_topk, num_local_experts, num_pieces
@@ -68,7 +67,7 @@ struct LowLatencyDispatchArgs {
         return header_of(owner, source, max_tokens) + message * num_pieces + piece;
     }
 };
-static_assert(sizeof(LowLatencyDispatchArgs) == 288 + 96 + 15 * 8 + 3 * 8 + 10 * 4,
+static_assert(sizeof(LowLatencyDispatchArgs) == 288 + 88 + 15 * 8 + 3 * 8 + 10 * 4,
               "LowLatencyDispatchArgs differs from epcomm/kernels/low_latency_dispatch.py");
 
 struct Shared {

@@ -53,15 +53,6 @@ __device__ inline bool place_sources(const LowLatencyDispatchArgs& args, const C
     return true;
 }
 
-// One warp: what went to a rank that is not there does not come back.
-__device__ __noinline__ void forget_absent(const LowLatencyDispatchArgs& args, uint32_t present) {
-    for (int i = lane_index(); i < args.num_tokens * args.num_topk; i += kWarp) {
-        const int64_t expert = choice_at(args, i);
-        const bool is_there = expert >= 0 && expert < args.num_experts();
-        if (is_there && !(present >> expert / args.num_local_experts & 1)) pointer<int2>(args.send_info)[i] = {-1, -1};
-    }
-}
-
 // One warp of one block: what the host, the user and a later combine want to know.
 __device__ inline void write_counts(const LowLatencyDispatchArgs& args, uint32_t present, const Tables& tables,
                                     const Shared& shared) {
@@ -79,14 +70,27 @@ __device__ inline void write_counts(const LowLatencyDispatchArgs& args, uint32_t
     }
     if (lane < num_ranks)
         pointer<int32_t>(args.num_messages)[lane] = shared.first_message[lane + 1] - shared.first_message[lane];
-    if (__popc(present) != num_ranks) forget_absent(args, present);
+    if (lane == 0) pointer<uint32_t>(args.num_messages)[num_ranks] = present;
+}
+
+// All threads of all blocks, where nothing is received: no row of anybody. A rejected call has no arrays.
+__device__ __noinline__ void write_nothing(const LowLatencyDispatchArgs& args) {
+    if (args.num_messages == 0) return;
+    const int num_local = args.num_local_experts, num_ranks = args.comm.num_ranks;
+    const int64_t num_rows = static_cast<int64_t>(num_local) * args.max_rows();
+    for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < num_rows; i += gridDim.x * kThreads)
+        pointer<int32_t>(args.src_info)[i] = -1;
+    if (blockIdx.x != 0) return;
+    for (int i = threadIdx.x; i < num_local * num_ranks; i += kThreads) pointer<int64_t>(args.layout_range)[i] = 0;
+    for (int i = threadIdx.x; i < num_local; i += kThreads) pointer<int32_t>(args.recv_count)[i] = 0;
+    for (int i = threadIdx.x; i <= num_ranks; i += kThreads) pointer<int32_t>(args.num_messages)[i] = 0;
 }
 
 // One warp of each block: find out what this rank gets.
 __device__ __noinline__ void serve(const LowLatencyDispatchArgs& args, Call call, const Tables& tables,
                                    Shared& shared) {
     Arrival arrival = {0, 0};
-    bool good = await_arrival(args.comm, call, args.slot, shared.opening.masked, args.wait_stats, arrival);
+    bool good = await_arrival(args.comm, call, args.slot, shared.opening.masked, args.wait_stats, true, arrival);
     good = good && arrival.present != 0 && !args.slot.is_rejected;
     good = good && place_sources(args, call, arrival.present, tables, shared);
     announce(shared.service, good);

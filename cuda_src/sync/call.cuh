@@ -13,7 +13,7 @@ namespace epcomm {
 __device__ inline bool admit(const Comm& comm, const Call& call) {
     State& state = comm.state();
     // All are on their way before one is looked at.
-    const uint32_t poison = ptx::ld_relaxed_sys(&comm.own().poison);
+    const uint32_t poison = poison_of(comm);
     uint64_t entries = 0, exits = 0;
     if (blockIdx.x == 0) {
         exits = ptx::ld_relaxed_sys(&state.exits);
@@ -70,7 +70,7 @@ __device__ inline void end(const Comm& comm, const Call& call, bool is_counted =
 template <typename Word> __device__ inline bool meet(const Comm& comm, const Call& call, Word word) {
     const int lane = lane_index();
     // A block that gave up has poisoned this rank, too: the peers must not hear that its work is done.
-    if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) {
+    if (__any_sync(~0u, poison_of(comm) != 0)) {
         if (lane == 0) record_poison(comm, call, kPhaseDone, 0);
         return false;
     }

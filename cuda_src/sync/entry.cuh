@@ -69,9 +69,11 @@ __device__ inline bool await_entries(const Comm& comm, const Call& call, Entry (
     });
 }
 
-// One warp of one block, when digests differ: tell all ranks the values, and the host those of all ranks.
-__device__ __noinline__ void report_mismatch(const Comm& comm, Call call,
-                                             const uint32_t (&agreed)[kNumEntryAgreed]) {
+// One warp of one block, when digests differ: tell all ranks the values, and the host those of all ranks. Ranks that are
+// not `awaited`, a bit each, are said to have this rank's values, and so are those that do not come in time, if
+// `leaves_late`.
+__device__ __noinline__ void report_mismatch(const Comm& comm, Call call, const uint32_t (&agreed)[kNumEntryAgreed],
+                                             uint32_t awaited = ~0u, bool leaves_late = false) {
     const int lane = lane_index();
     if (lane < comm.num_ranks) {
         uint64_t* mine = agreed_cells(comm.of(lane), call)[comm.rank];
@@ -82,15 +84,18 @@ __device__ __noinline__ void report_mismatch(const Comm& comm, Call call,
     HostPage* page = comm.page();
     const uint32_t num_before = *const_cast<volatile uint32_t*>(&page->num_mismatches);
     const bool is_free = num_before == ptx::ld_relaxed_sys(&page->seen_mismatches);
-    const bool good = wait_for_ranks(comm, call, kPhaseEntry, [&](int r) {
+    uint32_t late = 0;
+    auto ready = [&](int r) {
         bool arrived = true;
         for (int i = 0; i < kNumEntryAgreed; ++i) {
             const uint64_t value = ptx::ld_relaxed_sys(&agreed_cells(comm.own(), call)[r][i]);
-            arrived = arrived && value >> 32 == call.sequence;
-            if (is_free) page->mismatch[r * kNumEntryAgreed + i] = static_cast<uint32_t>(value);
+            const bool is_there = value >> 32 == call.sequence;
+            arrived = arrived && is_there;
+            if (is_free) page->mismatch[r * kNumEntryAgreed + i] = is_there ? static_cast<uint32_t>(value) : agreed[i];
         }
-        return arrived;
-    });
+        return arrived || !(awaited >> r & 1);
+    };
+    const bool good = wait_for_ranks(comm, call, kPhaseEntry, ready, leaves_late ? &late : nullptr);
     ptx::fence_acq_rel_sys();
     __syncwarp();
     if (lane == 0 && good) {

@@ -5,8 +5,8 @@
 // cleaned. Counts and places travel in cells alone; rows have a cell each that is released behind them. So there is no
 // barrier, neither among the ranks nor among the blocks of one: whoever needs something waits for just that.
 //
-// A rank acknowledges a slot at the start of its next kernel, whichever that is: then it has surely read everything.
-// Only then do its peers write there again. A slot belongs to one call at a time; which one that is, the host says, the
+// A rank acknowledges a slot at the start of its next low-latency kernel, whichever that is: then it has surely read
+// everything. Only then do its peers write there again. A slot belongs to one call at a time; which one that is, the host says, the
 // same on all ranks. Ranks that are masked get nothing but the word kLeftOut, and nobody waits for them.
 #pragma once
 
@@ -20,7 +20,6 @@ inline constexpr uint32_t kSend = 1, kReceive = 2;  // halves of a call
 // What low-latency argument structs begin with, behind Comm.
 struct SlotArgs {
     uint64_t rows;        // offset of the slot's rows in a region
-    uint64_t rows_bytes;  // of them
     uint64_t cells;       // offset of its cells
     uint32_t operation;   // Operation, that of the slot
     uint32_t halves;
@@ -38,7 +37,7 @@ struct SlotArgs {
     __device__ bool sends() const { return halves & kSend; }
     __device__ bool receives() const { return halves & kReceive; }
 };
-static_assert(sizeof(SlotArgs) == 96);
+static_assert(sizeof(SlotArgs) == 88);
 
 // What a receiving warp knows of the ranks.
 struct Arrival {
@@ -113,14 +112,16 @@ __device__ inline bool mask_late(const Comm& comm, const Call& call, Phase phase
     return late == 0 || leave_out(comm, call, phase, late);
 }
 
-__device__ inline uint32_t masked_ranks(const Comm& comm) {
-    return *const_cast<volatile uint32_t*>(&comm.state().masked);
-}
-
 // Of lane r: what rank r has acknowledged.
 __device__ inline uint32_t look_for_room(const Comm& comm, const SlotArgs& slot) {
     // ACQUIRE slot_ack[r]. Pairs with the release of acknowledge, there.
     return lane_index() < comm.num_ranks ? ptx::ld_acquire_sys(&comm.own().slot_ack[slot.index()][lane_index()]) : 0;
+}
+
+// Whether a rank is at a later call of the slot.
+__device__ inline bool went_on(const Comm& comm, const Call& call, const SlotArgs& slot, int rank) {
+    const uint64_t word = ptx::ld_relaxed_sys(&comm.own().slot_ready[slot.index()][rank]);
+    return reached(static_cast<uint32_t>(word >> 32), call.sequence + 1);
 }
 
 // One warp, before anything is written to slots of peers: wait until everybody is through with what the slot held
@@ -140,13 +141,11 @@ __device__ inline uint32_t await_room(const Comm& comm, const Call& call, const 
     const bool good = wait_for_ranks(comm, call, kPhaseAck, ready, slot.leaves_late ? &late : nullptr);
     if (!good || !mask_late(comm, call, kPhaseAck, late)) return 0;
     if (!slot.leaves_late) return ~masked;
-    // Peers that went on without this rank have used the slot for later calls, and it must not disturb these.
-    bool is_behind = false;
-    if (lane_index() < comm.num_ranks) {
-        const uint64_t word = ptx::ld_relaxed_sys(&comm.own().slot_ready[slot.index()][lane_index()]);
-        is_behind = reached(static_cast<uint32_t>(word >> 32), call.sequence + 1);
-    }
-    return __any_sync(~0u, is_behind) ? 0 : ~(masked | late);
+    // Those that went on without this rank have used the slot for later calls, and it must not disturb these. A rank that
+    // stays between this look and its last store for longer than others wait for it still can.
+    masked |= late;
+    const bool is_awaited = lane_index() < comm.num_ranks && !(masked >> lane_index() & 1);
+    return __any_sync(~0u, is_awaited && went_on(comm, call, slot, lane_index())) ? 0 : ~masked;
 }
 
 // One warp of every block, before all others do anything that depends on it; a barrier follows.
@@ -167,13 +166,19 @@ __device__ inline void open(const Comm& comm, const SlotArgs& slot, Opening& ope
 
 // -- words ------------------------------------------------------------------------------------------------------------
 
+// What a rank says of itself.
+struct Greeting {
+    bool is_rejected;  // its input is bad: it sends nothing
+    bool is_pulled;    // its rows are to be pulled
+};
+
 // One warp of one block: tell all ranks that this one takes part, with the digest of its values, and with the last bit for
 // how its rows travel. Masked ranks hear that there is nothing for them.
 __device__ inline void greet(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t masked,
-                             bool is_pulled = false) {
+                             Greeting greeting) {
     const int lane = lane_index();
     const bool is_masked = masked >> lane & 1;
-    const uint32_t word = slot.is_rejected ? kRejected : is_masked ? kLeftOut : slot.digest | is_pulled;
+    const uint32_t word = greeting.is_rejected ? kRejected : is_masked ? kLeftOut : slot.digest | greeting.is_pulled;
     // Pairs with await_words, there. Carries its own flag; where ranks may be left out it is released by greet_at_last.
     if (lane < comm.num_ranks)
         ptx::st_relaxed_sys(&comm.of(lane).slot_ready[slot.index()][comm.rank], tagged(call.sequence, word));
@@ -181,9 +186,9 @@ __device__ inline void greet(const Comm& comm, const Call& call, const SlotArgs&
 
 // One warp of every block, behind the barrier: what others wait for.
 __device__ inline void introduce(const Comm& comm, const Call& call, const SlotArgs& slot, const Opening& opening,
-                                 bool is_pulled = false) {
+                                 Greeting greeting) {
     if (blockIdx.x == 0 && opening.reachable != 0 && !slot.leaves_late)
-        greet(comm, call, slot, opening.masked, is_pulled);
+        greet(comm, call, slot, opening.masked, greeting);
     if (!acknowledges()) return;
     acknowledge(comm);
     note_receiving(comm, call, slot);
@@ -191,45 +196,47 @@ __device__ inline void introduce(const Comm& comm, const Call& call, const SlotA
 
 // All threads of all blocks, where ranks that are late are left out: greet only when all blocks have sent everything, so
 // that a rank is there with all of its rows, or not at all.
-__device__ __noinline__ void greet_at_last(const Comm& comm, Call call, const SlotArgs& slot, bool is_pulled = false) {
+__device__ __noinline__ void greet_at_last(const Comm& comm, Call call, const SlotArgs& slot, Greeting greeting) {
     if (!is_last_block(comm, call)) return;
     if (threadIdx.x == 0) comm.state().ticket[call.operation] = 0;
-    if (warp_index() != 0 || __any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return;
+    if (warp_index() != 0 || __any_sync(~0u, poison_of(comm) != 0)) return;
     ptx::fence_acq_rel_sys();
-    greet(comm, call, slot, masked_ranks(comm), is_pulled);
+    greet(comm, call, slot, masked_ranks(comm), greeting);
 }
 
-// One warp of one block: why nothing is received; lane r has the word of rank r, of which `awaited` says whether it counts.
+// One warp of one block: why nothing is received. `awaited`, `rejecting`: ranks, a bit each.
 __device__ __noinline__ void report_nothing(const Comm& comm, Call call, const SlotArgs& slot, bool is_behind,
-                                            uint32_t rejecting) {
+                                            uint32_t awaited, uint32_t rejecting) {
     HostPage* page = comm.page();
     if (is_behind) {
         if (lane_index() == 0) ++*const_cast<volatile uint32_t*>(&page->num_left_behind);
     } else if (rejecting != 0) {
         if (rejecting >> lane_index() & 1) ++*const_cast<volatile uint32_t*>(&page->num_rejections[lane_index()]);
     } else {
-        report_mismatch(comm, call, slot.agreed);
+        report_mismatch(comm, call, slot.agreed, awaited, slot.leaves_late);
     }
 }
 
-// One warp: what the words say, lane r that of rank r, of which `awaited` says whether it counts. Block 0 tells the host.
-__device__ inline Arrival judge(const Comm& comm, const Call& call, const SlotArgs& slot, bool awaited, uint64_t word) {
+// One warp: what the words say, lane r that of rank r, of which `is_awaited` says whether it counts. Block 0 tells the host
+// why nothing is received, if so and if `reports`.
+__device__ inline Arrival judge(const Comm& comm, const Call& call, const SlotArgs& slot, bool is_awaited,
+                                uint64_t word, bool reports) {
     const uint32_t what = static_cast<uint32_t>(word);
     // A peer that has masked this rank went on without it, and its rows may be those of later calls.
-    const bool is_behind = __any_sync(~0u, awaited && word >> 32 != call.sequence);
-    const uint32_t rejecting = __ballot_sync(~0u, awaited && what == kRejected);
-    const uint32_t present = __ballot_sync(~0u, awaited && what != kLeftOut);
-    const bool differs = __any_sync(~0u, awaited && what != kLeftOut && (what ^ slot.digest) > 1);
-    const uint32_t pulling = __ballot_sync(~0u, awaited && what != kLeftOut && (what & 1));
+    const bool is_behind = __any_sync(~0u, is_awaited && word >> 32 != call.sequence);
+    const uint32_t rejecting = __ballot_sync(~0u, is_awaited && what == kRejected);
+    const uint32_t present = __ballot_sync(~0u, is_awaited && what != kLeftOut);
+    const bool differs = __any_sync(~0u, is_awaited && what != kLeftOut && (what ^ slot.digest) > 1);
+    const uint32_t pulling = __ballot_sync(~0u, is_awaited && what != kLeftOut && (what & 1));
     if (!is_behind && rejecting == 0 && !differs) return {present, pulling};
-    if (blockIdx.x == 0) report_nothing(comm, call, slot, is_behind, rejecting);
+    if (blockIdx.x == 0 && reports) report_nothing(comm, call, slot, is_behind, present, rejecting);
     return {0, 0};
 }
 
 // One warp: wait for the words of all ranks that are not masked. `wait_stats`: int64 [num_ranks] or null, the
-// nanoseconds waited for each are added to it by block 0.
+// nanoseconds waited for each are added to it by block 0. `reports`: the host hears why nothing is received.
 __device__ inline bool await_words(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t masked,
-                                   int64_t* wait_stats, Arrival& arrival) {
+                                   int64_t* wait_stats, bool reports, Arrival& arrival) {
     const int lane = lane_index();
     const bool is_timed = wait_stats != nullptr && blockIdx.x == 0;
     uint32_t late = 0;
@@ -247,7 +254,7 @@ __device__ inline bool await_words(const Comm& comm, const Call& call, const Slo
     if (!good || !mask_late(comm, call, kPhaseDone, late)) return false;
     if (is_timed && lane < comm.num_ranks) wait_stats[lane] += late >> lane & 1 ? comm.timeout_ns : elapsed_ns;
     masked |= late;
-    arrival = judge(comm, call, slot, lane < comm.num_ranks && !(masked >> lane & 1), word);
+    arrival = judge(comm, call, slot, lane < comm.num_ranks && !(masked >> lane & 1), word, reports);
     return true;
 }
 
@@ -257,7 +264,7 @@ __device__ __noinline__ bool await_first_block(const Comm& comm, Call call, cons
     uint64_t present, pulling;
     do {
         // Block 0 waits with a bound of its own, and poisons this rank if it fails.
-        if (__any_sync(~0u, ptx::ld_relaxed_sys(&comm.own().poison) != 0)) return false;
+        if (__any_sync(~0u, poison_of(comm) != 0)) return false;
         // Each cell carries its own flag. ACQUIRE: what block 0 has acquired from the peers.
         present = ptx::ld_acquire_sys(&cells[0]);
         pulling = ptx::ld_acquire_sys(&cells[1]);
@@ -268,10 +275,10 @@ __device__ __noinline__ bool await_first_block(const Comm& comm, Call call, cons
 
 // One warp of each block: who has sent something to this rank. False: the call has failed.
 __device__ inline bool await_arrival(const Comm& comm, const Call& call, const SlotArgs& slot, uint32_t masked,
-                                     uint64_t wait_stats, Arrival& arrival) {
+                                     uint64_t wait_stats, bool reports, Arrival& arrival) {
     if (slot.leaves_late && blockIdx.x != 0) return await_first_block(comm, call, slot, arrival);
     if (slot.leaves_late) masked = masked_ranks(comm);  // there may be more of them by now
-    if (!await_words(comm, call, slot, masked, pointer<int64_t>(wait_stats), arrival)) return false;
+    if (!await_words(comm, call, slot, masked, pointer<int64_t>(wait_stats), reports, arrival)) return false;
     if (slot.leaves_late && lane_index() == 0) {
         uint64_t* cells = comm.state().seen[slot.index()];
         // RELEASE seen. Pairs with await_first_block.

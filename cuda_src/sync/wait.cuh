@@ -16,6 +16,10 @@ struct Call {
     uint32_t parity;
 };
 
+__device__ inline uint32_t masked_ranks(const Comm& comm) {
+    return *const_cast<volatile uint32_t*>(&comm.state().masked);
+}
+
 // Write the error record unless an earlier error has it.
 __device__ __noinline__ void record_error(const Comm& comm, Call call, ErrorKind kind, Phase phase,
                                           uint32_t awaited, uint64_t elapsed_ns) {
@@ -35,15 +39,21 @@ __device__ __noinline__ void poison_all(const Comm& comm) {
     for (int r = 0; r < comm.num_ranks; ++r) ptx::st_relaxed_sys(&comm.of(r).poison, 1u + comm.rank);
 }
 
+// 1 + the rank that gave up, or 0; nobody here cares about one that is masked.
+__device__ inline uint32_t poison_of(const Comm& comm) {
+    const uint32_t poison = ptx::ld_relaxed_sys(&comm.own().poison);
+    return poison != 0 && (masked_ranks(comm) >> (poison - 1) & 1) ? 0 : poison;
+}
+
 // A rank has given up: say so on this one.
 __device__ __noinline__ void record_poison(const Comm& comm, Call call, Phase phase, uint64_t elapsed_ns) {
-    const uint32_t poison = ptx::ld_relaxed_sys(&comm.own().poison);
-    record_error(comm, call, kPoisoned, phase, 1u << (poison - 1), elapsed_ns);
+    const uint32_t poison = poison_of(comm);
+    if (poison != 0) record_error(comm, call, kPoisoned, phase, 1u << (poison - 1), elapsed_ns);
 }
 
 // Why waiting on is pointless, if it is; called by one thread now and then.
 __device__ __noinline__ ErrorKind reason_to_stop(const Comm& comm, uint64_t elapsed_ns, uint32_t num_looks) {
-    if (ptx::ld_relaxed_sys(&comm.own().poison) != 0) return kPoisoned;
+    if (poison_of(comm) != 0) return kPoisoned;
     // The word lies in host memory: a look is slow, and disturbs the others.
     if (num_looks % 64 == 63 && ptx::ld_relaxed_sys(&comm.page()->abort) != 0) return kAborted;
     return elapsed_ns > comm.timeout_ns ? kTimeout : kNoError;

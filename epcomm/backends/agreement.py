@@ -45,7 +45,7 @@ CACHED_DISPATCH = (*_PAYLOAD, "handle of dispatch", *_CONFIG)
 COMBINE = ("hidden", "dtype", "num_topk", "handle of dispatch", *_CONFIG)
 _LOW_LATENCY = ("hidden", "num_topk", "num_experts", "num_max_dispatch_tokens_per_rank")
 LOW_LATENCY_DISPATCH = (*_LOW_LATENCY, "use_fp8", "round_scale", "use_ue8m0")
-LOW_LATENCY_COMBINE = (*_LOW_LATENCY, "use_logfmt", "pre_reduce", "return_recv_hook")
+LOW_LATENCY_COMBINE = (*_LOW_LATENCY, "use_logfmt", "pre_reduce", "return_recv_hook", "handle of dispatch")
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ROW_DTYPES)}
 
@@ -121,7 +121,7 @@ def low_latency_dispatch_values(terms: LowLatencyDispatchTerms) -> tuple[int, ..
 
 
 def low_latency_combine_values(terms: LowLatencyCombineTerms) -> tuple[int, ...]:
-    """Values of `LOW_LATENCY_COMBINE`."""
+    """Values of `LOW_LATENCY_COMBINE`, but for the last one, the `dispatch_id` of the handle."""
     return (
         terms.hidden,
         terms.num_topk,

@@ -167,6 +167,7 @@ class LowLatencyDispatchOutcome:
     send_info: Array | None = None  # CUDA only, as the others
     messages: Array | None = None
     num_messages: Array | None = None
+    dispatch_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.arrays import empty, export_any, export_array, import_array
-from epcomm.backends import Rejectable, Turn
+from epcomm.backends import Array, Rejectable, Turn
 from epcomm.bootstrap import Topology, as_communicator, discover, install_abort_hook
 from epcomm.buffer.arguments import numpy_dtype
 from epcomm.buffer.construction import agree_on_settings, make_backend
@@ -139,6 +139,11 @@ class BufferCore(Tuning):
         self._counters = Counter(dict.fromkeys(_COUNTERS, 0))
         self._recorded: list[EpcommError] = []
         self._broken: BaseException | None = None
+        # Of low latency: how often masked ranks were brought back; dispatches whose hook has not run; and what
+        # get_next_low_latency_combine_buffer handed out last, for the next combine.
+        self._epoch = 0
+        self._unreceived: set[int] = set()
+        self._combine_buffer: Array | None = None
         self._pid, self._num_forks = os.getpid(), _num_forks
         self._entry = threading.Lock()
         self._destroyed = False

@@ -25,7 +25,7 @@ from epcomm.buffer.low_latency_arguments import (
 )
 from epcomm.buffer.low_latency_masks import LowLatencyMasks
 from epcomm.config import low_latency_size_hint
-from epcomm.errors import ImmutableArray, InputError, ShapeError
+from epcomm.errors import HandleError, ImmutableArray, InputError, ShapeError
 from epcomm.event import EventOverlap
 from epcomm.handle import LowLatencyCombineResult, LowLatencyDispatchResult, LowLatencyHandle, register_pytrees
 
@@ -37,8 +37,6 @@ class LowLatencyOperations(LowLatencyMasks):
 
     R ranks, L local experts, T tokens of this rank, M the declared maximum of tokens a rank, K choices a token.
     """
-
-    _combine_buffer: Array | None = None  # what get_next_low_latency_combine_buffer handed out last
 
     def low_latency_dispatch(
         self,
@@ -57,7 +55,8 @@ class LowLatencyOperations(LowLatencyMasks):
         """Send tokens to their experts, grouped by expert on arrival, cast to fp8 on the way if asked for.
 
         Collective. With `return_recv_hook` the call only sends, and ``hook()`` receives; two results may wait for their
-        hook at a time. On the host backend whatever receives waits for the peers. On CUDA nothing blocks the host:
+        hook at a time. Ranks may call hooks in another order, if before a send all have called those of the same calls.
+        On the host backend whatever receives waits for the peers. On CUDA nothing blocks the host:
         kernels run in the current stream of the framework of `x` (the hook's in the one that is current then), nothing
         is on the GPU between send and receive, and calls can be captured in a graph. The rows of an expert are ordered
         by source rank, then token, always.
@@ -119,7 +118,9 @@ class LowLatencyOperations(LowLatencyMasks):
             outcome, receive = self._backend.low_latency_dispatch(turn, request)
             assert framework is not None  # or there was no request
             self._counters["low_latency_dispatch_calls"] += 1
-            hook = self._hook("low_latency_dispatch", turn, framework, request, receive)
+            if request.is_postponed:
+                self._unreceived.add(outcome.dispatch_id)
+            hook = self._hook("low_latency_dispatch", turn, framework, request, receive, outcome.dispatch_id)
             event = turn.finish(request)
             return self._low_latency_result(turn, request.terms, outcome, framework, event, hook)
 
@@ -140,7 +141,10 @@ class LowLatencyOperations(LowLatencyMasks):
                 "num_max_dispatch_tokens_per_rank": terms.num_max_dispatch_tokens_per_rank,
                 "hidden": terms.hidden,
                 "num_experts": terms.num_experts,
+                "num_topk": terms.num_topk,
                 "buffer_id": self.id,
+                "dispatch_id": outcome.dispatch_id,
+                "epoch": self._epoch,
                 "num_tokens": terms.num_tokens,
                 "framework": framework,
                 "send_info": outcome.send_info,
@@ -185,12 +189,13 @@ class LowLatencyOperations(LowLatencyMasks):
                 Inf stay. Backends need not give the same bits.
             zero_copy: take the rows that were written into what `get_next_low_latency_combine_buffer` returned; `x` is
                 then only checked for its shape.
-            async_finish, return_recv_hook: as in `low_latency_dispatch`.
+            async_finish, return_recv_hook: as in `low_latency_dispatch`; a hook on all ranks, or on none.
             out: bfloat16 ``[T, hidden]``, written; a new array by default.
             combine_wait_recv_cost_stats: int64 ``[R]``, the nanoseconds waited for each rank are added to it.
             pre_reduce: every rank first sums a token's rows over its own experts, with the weights, as above, and
                 rounds to bfloat16; then these are summed from +0, ranks in ascending order, and rounded: for one row
-                for each token and rank to travel, not one for each choice. Not with `use_logfmt` or `zero_copy`.
+                for each token and rank to travel, not one for each choice. Not with `use_logfmt` or `zero_copy`. On
+                CUDA the send half waits for the weights of the others, which come with theirs.
 
         Returns:
             `LowLatencyCombineResult` ``(combined_x [T, hidden], event, hook)``.
@@ -205,12 +210,12 @@ class LowLatencyOperations(LowLatencyMasks):
         """
         with Entry(self, "low_latency_combine"):
             framework = framework_or_none(x)
-            turn = self._turn(Rejectable.LOW_LATENCY_COMBINE, framework, None, None, async_finish)
             in_place, self._combine_buffer = self._combine_buffer, None  # a rejected call uses up its slot, too
+            turn = self._turn(Rejectable.LOW_LATENCY_COMBINE, framework, None, None, async_finish)
             try:
                 self._check_low_latency(async_finish, return_recv_hook)
                 check_pre_reduce(pre_reduce, use_logfmt, zero_copy)
-                handle = low_latency_handle(handle, self.id, turn)
+                handle = self._low_latency_handle(handle, turn)
                 request = low_latency_combine_request(
                     turn,
                     x,
@@ -257,7 +262,7 @@ class LowLatencyOperations(LowLatencyMasks):
             self._check_mode()
             framework = handle.framework if isinstance(handle, LowLatencyHandle) else None
             turn = self._backend.turn(framework, None, None, False)
-            checked = low_latency_handle(handle, self.id, turn)
+            checked = self._low_latency_handle(handle, turn)
             writable_framework(
                 checked.framework, "get_next_low_latency_combine_buffer", "call low_latency_combine without zero_copy"
             )
@@ -282,6 +287,12 @@ class LowLatencyOperations(LowLatencyMasks):
                     do="size the Buffer with get_low_latency_rdma_size_hint",
                 )
 
+    def _low_latency_handle(self, handle: Any, turn: Turn) -> LowLatencyHandle:
+        checked = low_latency_handle(handle, self.id, self._epoch, turn)
+        if checked.dispatch_id in self._unreceived:
+            raise HandleError("handle", got="one whose rows are not received", do="call the hook of its dispatch first")
+        return checked
+
     def _check_low_latency(self, async_finish: bool, return_recv_hook: bool) -> None:
         self._check_mode()
         if async_finish and return_recv_hook:
@@ -294,6 +305,7 @@ class LowLatencyOperations(LowLatencyMasks):
         framework: str,
         request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
         receive: Callable[[Turn], None],
+        dispatch_id: int | None = None,
     ) -> Callable[[], None]:
         """Run the receive half now, or return a function that runs it when it is first called."""
         if not request.is_postponed:
@@ -307,6 +319,8 @@ class LowLatencyOperations(LowLatencyMasks):
                     later = self._backend.turn(framework, None, None, False)
                     receive, request = pending.pop()
                     receive(later)
+                    if dispatch_id is not None:
+                        self._unreceived.discard(dispatch_id)
                     later.finish(request)
 
         return hook

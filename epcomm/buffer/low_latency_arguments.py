@@ -150,14 +150,18 @@ def _dispatch_terms(
     )
 
 
-def low_latency_handle(handle: Any, buffer_id: int, turn: Turn) -> LowLatencyHandle:
-    """Raise HandleError unless `handle` came from this Buffer's low_latency_dispatch."""
+def low_latency_handle(handle: Any, buffer_id: int, epoch: int, turn: Turn) -> LowLatencyHandle:
+    """Raise HandleError unless `handle` came from this Buffer's low_latency_dispatch, in this epoch."""
     if not isinstance(handle, LowLatencyHandle):
         raise HandleError(
             "handle", got=f"a {type(handle).__name__}", wanted="the handle that low_latency_dispatch returned"
         )
     if handle.buffer_id != buffer_id:
         raise HandleError("handle", got="the handle of another Buffer", wanted="one of this Buffer")
+    if handle.epoch != epoch:
+        raise HandleError(
+            "handle", got="one from before masked ranks were brought back", wanted="one of a dispatch since then"
+        )
     return handle.with_own_leaves(turn.stream)
 
 
@@ -208,6 +212,7 @@ def low_latency_combine_request(
         None if sums is None else sums.spec,
         None if waits is None else waits.spec,
         handle.num_tokens,
+        handle.num_topk,
         handle.hidden,
         handle.num_max_dispatch_tokens_per_rank,
         handle.num_experts,
@@ -241,6 +246,7 @@ def _combine_terms(
     out: ArraySpec | None,
     wait_stats: ArraySpec | None,
     num_tokens: int,
+    num_topk: int,
     hidden: int,
     max_tokens: int,
     num_experts: int,
@@ -262,6 +268,10 @@ def _combine_terms(
             do="pad hidden, or pass use_logfmt=False",
         )
     check_topk(place, topk_idx, num_tokens)
+    if topk_idx.shape[1] != num_topk:
+        raise ShapeError(
+            "topk_idx", got=f"{topk_idx.shape[1]} choices a token", wanted=f"the {num_topk} of the dispatch"
+        )
     require(topk_weights, "topk_weights", dtypes=(FLOAT32,), shape=topk_idx.shape, place=place)
     if out is not None:  # the kernels write 16 bytes at a time
         is_aligned = place != "cpu"
@@ -271,7 +281,7 @@ def _combine_terms(
     return LowLatencyCombineTerms(
         num_tokens=num_tokens,
         hidden=hidden,
-        num_topk=topk_idx.shape[1],
+        num_topk=num_topk,
         index_bytes=topk_idx.dtype.itemsize,
         num_max_dispatch_tokens_per_rank=max_tokens,
         num_experts=num_experts,

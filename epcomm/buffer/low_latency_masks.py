@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from epcomm.arrays import framework_or_none
+from epcomm.backends import Turn
 from epcomm.buffer.core import BufferCore, Entry
 from epcomm.buffer.low_latency_arguments import writable_masks
 from epcomm.errors import InputError
@@ -18,7 +19,8 @@ class LowLatencyMasks(BufferCore):
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a rank out of low-latency operations (`mask` True), or bring it back (False).
 
-        Masking is not collective and does not wait. Bringing back is collective over all ranks, that one included.
+        Masking is not collective and does not wait. Bringing back is collective over all ranks, that one included, and
+        makes the handles from before void.
 
         Raises:
             InputError: no such rank, or this one.
@@ -33,7 +35,7 @@ class LowLatencyMasks(BufferCore):
             if mask:
                 self._backend.mask(turn, rank_to_mask)
             else:
-                self._backend.unmask(turn, [rank_to_mask])
+                self._unmask(turn, [rank_to_mask])
             turn.finish(None)
 
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
@@ -46,7 +48,7 @@ class LowLatencyMasks(BufferCore):
             turn.finish(status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Bring all masked ranks back. Collective over all ranks; waits for them.
+        """Bring all masked ranks back. Collective over all ranks; waits for them. Handles from before are void.
 
         Raises:
             PeerTimeout: a rank did not call.
@@ -54,8 +56,15 @@ class LowLatencyMasks(BufferCore):
         with Entry(self, "low_latency_clean_mask_buffer"):
             self._check_mode()
             turn = self._turn(None, None)
-            self._backend.unmask(turn, list(range(self.group_size)))
+            self._unmask(turn, list(range(self.group_size)))
             turn.finish(None)
+
+    def _unmask(self, turn: Turn, ranks: list[int]) -> None:
+        """Ranks may have made different calls before: what is under way is forgotten, and handles are void."""
+        self._epoch += 1
+        self._unreceived.clear()
+        self._combine_buffer = None
+        self._backend.unmask(turn, ranks)
 
     def _check_mode(self) -> None:
         if not self.low_latency_mode:

@@ -13,10 +13,8 @@ from epcomm.jit.device import load_cupy
 
 __all__ = ["OverlappingLaunch", "can_overlap"]
 
-_MIN_CAPABILITY, _MIN_DRIVER = (
-    90,
-    12030,
-)  # of the GPU; of the CUDA that the driver is for: before, graphs cannot hold it
+_MIN_CAPABILITY = 90
+_MIN_DRIVER = 12030  # CUDA 12.3: before, graphs cannot hold such launches
 _MAX_CONFIGS = 64
 
 

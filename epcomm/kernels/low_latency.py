@@ -9,8 +9,8 @@ from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT
 
 __all__ = ["MAX_EXPERTS", "MAX_TOKENS", "RECEIVE", "SEND", "SLOT", "THREADS", "Area", "Slot"]
 
-# rows, rows_bytes, cells, operation, halves, is_rejected, leaves_late, digest, unused, agreed[12]
-SLOT = f"3Q6I{NUM_ENTRY_AGREED}I"
+# rows, cells, operation, halves, is_rejected, leaves_late, digest, unused, agreed[12]
+SLOT = f"2Q6I{NUM_ENTRY_AGREED}I"
 SEND, RECEIVE = 1, 2
 THREADS = 512
 MAX_TOKENS = 1 << 17  # of a rank: what a header has bits for
@@ -22,7 +22,6 @@ class Slot(NamedTuple):
     """Where a slot lies in a region."""
 
     rows: int
-    rows_bytes: int
     cells: int
 
 
@@ -44,15 +43,11 @@ class Area(NamedTuple):
         return (LANE_PARTS - 1) * self.cell_lane_bytes // UNIT * UNIT
 
     def dispatch_slot(self, slot: int) -> Slot:
-        return self._slot(slot * self.num_ranks, self.num_ranks)
+        return self._slot(slot * self.num_ranks)
 
     def combine_slot(self, slot: int) -> Slot:
-        return self._slot(NUM_LOW_LATENCY_SLOTS * self.num_ranks + slot * COMBINE_LANES, COMBINE_LANES)
+        return self._slot(NUM_LOW_LATENCY_SLOTS * self.num_ranks + slot * COMBINE_LANES)
 
-    def _slot(self, first_lane: int, num_lanes: int) -> Slot:
+    def _slot(self, first_lane: int) -> Slot:
         cells = self.offset + low_latency_lanes(self.num_ranks) * self.row_lane_bytes
-        return Slot(
-            self.offset + first_lane * self.row_lane_bytes,
-            num_lanes * self.row_lane_bytes,
-            cells + first_lane * self.cell_lane_bytes,
-        )
+        return Slot(self.offset + first_lane * self.row_lane_bytes, cells + first_lane * self.cell_lane_bytes)

@@ -268,6 +268,12 @@ _LOW_LATENCY_COMBINE = tuple(
     Mistake(name, "low_latency_combine", change, error, message)
     for name, change, error, message in (
         (
+            "fewer_choices_than_the_dispatch",
+            lambda s: {"topk_idx": s.mine.topk_idx[:, :1].copy(), "topk_weights": s.mine.topk_weights[:, :1].copy()},
+            ShapeError,
+            "^topk_idx: got 1 choices a token; wanted the [0-9]+ of the dispatch",
+        ),
+        (
             "pre_reduce_and_logfmt",
             _fixed(pre_reduce=True, use_logfmt=True),
             InputError,
@@ -371,12 +377,6 @@ DISAGREEMENTS: tuple[Disagreement, ...] = tuple(
         ),
         ("low_latency_dispatch", "fp8", _fixed(use_fp8=True), ("use_fp8",)),
         ("low_latency_dispatch", "scales", _fixed(use_fp8=True, round_scale=True), ("use_fp8", "round_scale")),
-        (
-            "low_latency_combine",
-            "num_topk",
-            lambda s: {"topk_idx": s.mine.topk_idx[:, :1].copy(), "topk_weights": s.mine.topk_weights[:, :1].copy()},
-            ("num_topk",),
-        ),
         ("low_latency_combine", "logfmt", _fixed(use_logfmt=True), ("use_logfmt",)),
         ("low_latency_combine", "pre_reduce", _fixed(pre_reduce=True), ("pre_reduce",)),
     )

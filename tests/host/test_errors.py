@@ -23,7 +23,7 @@ from helpers.calls import (
 from helpers.mistakes import DISAGREEMENTS, MISTAKES
 
 from epcomm import Buffer, Config
-from epcomm.errors import HandleError, InputError, PeerError, RoutingError
+from epcomm.errors import HandleError, InputError, PeerError, RankMismatch, RoutingError
 
 # One mistake for each operation, where it is the way of the answer that differs.
 ONE_EACH = [mistake for mistake in MISTAKES if mistake.name in ("x_of_wrong_dtype", "weights_of_wrong_dtype")]
@@ -196,7 +196,16 @@ def test_ranks_may_differ_in_what_is_theirs(comm, buffer):
     scene = set_scene(buffer, "low_latency_combine")
     call(scene, "dispatch", {"config": own, "async_finish": comm.rank == 1})
     out = np.empty(scene.mine.x.shape, moe.BFLOAT16) if comm.rank else None
-    call(scene, "low_latency_combine", {"out": out, "return_recv_hook": comm.rank == 0}).hook()
+    call(scene, "low_latency_combine", {"out": out})
+    call(scene, "low_latency_dispatch", {"return_recv_hook": comm.rank == 0}).hook()
+    moe.assert_works(buffer)
+
+
+@pytest.mark.ranks(2)
+def test_all_ranks_or_none_have_a_hook_for_a_combine(comm, buffer):
+    scene = set_scene(buffer, "low_latency_combine")
+    with raises(RankMismatch, r"return_recv_hook = 1 \(rank 0\), 0 \(rank 1\)"):
+        call(scene, "low_latency_combine", {"return_recv_hook": comm.rank == 0}).hook()
     moe.assert_works(buffer)
 
 

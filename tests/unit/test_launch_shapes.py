@@ -130,12 +130,12 @@ def test_low_latency_slots_do_not_overlap(num_bytes, num_ranks):
     area = low_latency.Area(4096, num_bytes, num_ranks)
     slots = [area.dispatch_slot(0), area.dispatch_slot(1), area.combine_slot(0), area.combine_slot(1)]
     end = 4096
-    for slot in slots:
+    num_lanes = (num_ranks, num_ranks, config.COMBINE_LANES, config.COMBINE_LANES)
+    for slot, lanes in zip(slots, num_lanes, strict=True):
         assert slot.rows == end
         assert slot.rows % UNIT == 0
-        end += slot.rows_bytes
-    for slot, lanes in zip(slots, (num_ranks, num_ranks, config.COMBINE_LANES, config.COMBINE_LANES), strict=True):
-        assert slot.rows_bytes == lanes * area.row_lane_bytes
+        end += lanes * area.row_lane_bytes
+    for slot, lanes in zip(slots, num_lanes, strict=True):
         assert slot.cells == end
         assert slot.cells % 16 == 0
         end += lanes * area.cell_lane_bytes

@@ -111,7 +111,7 @@ STRUCTS = {
 }
 
 SLOT = [
-    *words("slot.rows slot.rows_bytes slot.cells slot.operation slot.halves slot.is_rejected slot.leaves_late"),
+    *words("slot.rows slot.cells slot.operation slot.halves slot.is_rejected slot.leaves_late"),
     *words("slot.digest slot.unused"),
     *array("slot.agreed", layout.NUM_ENTRY_AGREED),
 ]
@@ -264,7 +264,7 @@ def test_numbers_of_low_latency():
         "kSend": low_latency.SEND,
         "kReceive": low_latency.RECEIVE,
         "1 << kTokenBits": low_latency.MAX_TOKENS,
-        "kMaxPiece": MAX_LOW_LATENCY_PIECE,
+        "kSendVectors * kColumn": MAX_LOW_LATENCY_PIECE,
         "kExact": low_latency_dispatch.EXACT,
         "kPowerOfTwo": low_latency_dispatch.POWER_OF_TWO,
         "kExponents": low_latency_dispatch.EXPONENTS,

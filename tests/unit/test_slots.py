@@ -13,7 +13,7 @@ EAGER, UNKNOWN, FIRST, SECOND = 0, -1, 1, 2  # captures
 
 @pytest.fixture
 def ring():
-    return Ring("low_latency_combine", 6, (Slot(0, 16, 32), Slot(16, 16, 48)))
+    return Ring("low_latency_combine", 6, (Slot(0, 32), Slot(16, 48)))
 
 
 def test_slots_in_turn(ring):
@@ -42,30 +42,64 @@ def test_what_was_forgotten_is_not_received(ring):
         ring.give_back(1, number)
 
 
+def test_numbers_and_overtaking(ring):
+    assert ring.next_number == 1
+    first, second = ring.take(0), ring.take(1)
+    assert (first, second, ring.next_number) == (1, 2, 3)
+    assert not ring.give_back(1, second)
+    assert ring.give_back(0, first)
+    ring.pass_over(0)
+    third = ring.take(1)
+    assert third == 4
+    assert not ring.give_back(1, third)
+    ring.forget()
+    assert ring.next_number == 1
+
+
 # -- pulls ------------------------------------------------------------------------------------------------------------
+
+
+def combine(pulls: Pulls, slot: int, capture: int, *, is_postponed: bool = False) -> int:
+    number = pulls.note_send(capture)
+    pulls.note_combine(slot, number, capture, is_postponed=is_postponed)
+    return number
+
+
+def call(pulls: Pulls, capture: int) -> None:
+    """A dispatch that sends and receives."""
+    pulls.note_received(pulls.note_send(capture), capture)
 
 
 def test_a_combine_is_over_when_a_later_call_is_received():
     pulls = Pulls()
     assert not pulls.are_over(0, EAGER)  # nothing is known of it
-    pulls.note_combine(0, False, EAGER)
-    pulls.note_received(EAGER, own_slot=0)
+    pulls.note_received(combine(pulls, 0, EAGER), EAGER)
     assert not pulls.are_over(0, EAGER)  # peers may still pull
-    pulls.note_received(EAGER, own_slot=None)  # a dispatch
+    call(pulls, EAGER)
     assert pulls.are_over(0, EAGER)
-    pulls.note_combine(0, False, EAGER)
+    first = combine(pulls, 0, EAGER)
     assert not pulls.are_over(0, EAGER)
-    pulls.note_combine(1, False, EAGER)
-    pulls.note_received(EAGER, own_slot=1)
+    pulls.note_received(first, EAGER)
+    pulls.note_received(combine(pulls, 1, EAGER), EAGER)
     assert pulls.are_over(0, EAGER)
     assert not pulls.are_over(1, EAGER)
 
 
+def test_what_was_sent_before_the_combine_says_nothing():
+    pulls = Pulls()
+    earlier = pulls.note_send(EAGER)
+    pulls.note_received(combine(pulls, 0, EAGER), EAGER)
+    later = pulls.note_send(EAGER)
+    pulls.note_received(earlier, EAGER)
+    assert not pulls.are_over(0, EAGER)
+    pulls.note_received(later, EAGER)
+    assert pulls.are_over(0, EAGER)
+
+
 def test_of_a_combine_in_halves_nothing_is_known():
     pulls = Pulls()
-    pulls.note_combine(0, True, EAGER)
-    pulls.note_received(EAGER, own_slot=0)
-    pulls.note_received(EAGER, own_slot=None)
+    pulls.note_received(combine(pulls, 0, EAGER, is_postponed=True), EAGER)
+    call(pulls, EAGER)
     assert not pulls.are_over(0, EAGER)
 
 
@@ -74,27 +108,25 @@ def test_replays_are_not_seen(capture):
     """What a capture has seen counts in it alone, and outside nothing counts any more."""
     pulls = Pulls()
     for number in (EAGER, FIRST):
-        pulls.note_combine(0, False, number)
-        pulls.note_received(number, own_slot=0)
-        pulls.note_received(number, own_slot=None)
+        pulls.note_received(combine(pulls, 0, number), number)
+        call(pulls, number)
         assert pulls.are_over(0, number)
     assert not pulls.are_over(0, capture)
-    pulls.note_combine(0, False, EAGER)
-    pulls.note_received(EAGER, own_slot=None)
+    combine(pulls, 0, EAGER)
+    call(pulls, EAGER)
     assert not pulls.are_over(0, EAGER)
 
 
 def test_calls_elsewhere_do_not_count():
     pulls = Pulls()
-    pulls.note_combine(0, False, FIRST)
-    pulls.note_received(FIRST, own_slot=0)
-    pulls.note_received(SECOND, own_slot=None)
+    pulls.note_received(combine(pulls, 0, FIRST), FIRST)
+    call(pulls, SECOND)
     assert not pulls.are_over(0, FIRST)
 
 
 def test_forget():
     pulls = Pulls()
-    pulls.note_combine(0, False, EAGER)
-    pulls.note_received(EAGER, own_slot=None)
+    combine(pulls, 0, EAGER)
+    call(pulls, EAGER)
     pulls.forget()
     assert not pulls.are_over(0, EAGER)

@@ -124,8 +124,9 @@ class CudaBackend:
         return self._run(low_latency.combine, turn, request, Rejectable.LOW_LATENCY_COMBINE)
 
     def reject(self, turn: CudaTurn, operation: Rejectable, error: Exception) -> None:
-        if turn.is_captured:
-            return  # the launch would become part of the graph
+        if turn.is_captured:  # the launch would become part of the graph
+            low_latency.pass_over(self._job, operation)
+            return
         if operation is Rejectable.DISPATCH:
             reject_exchange(self._job, turn, error)
         elif operation is Rejectable.CACHED_DISPATCH:
@@ -146,7 +147,10 @@ class CudaBackend:
         request: _Request,
         operation: Rejectable,
     ) -> _Outcome:
-        """An error before peers count on this call is told to them; but all ranks have used up their slots alike."""
+        """An error before peers count on this call is told to them.
+
+        But not that all slots are taken: ranks that call hooks in the same order all hear of that, and stay in step.
+        """
         try:
             return run(self._job, turn, request)
         except RingFull:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from epcomm.backends.agreement import low_latency_combine_values, low_latency_dispatch_values
+from epcomm.backends.agreement import LOW_LATENCY_COMBINE, low_latency_combine_values, low_latency_dispatch_values
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.slots import LowLatency, Ring
 from epcomm.backends.cuda.turn import BlockLayout, CudaTurn, output_spec
@@ -18,6 +18,7 @@ from epcomm.backends.protocol import (
     LowLatencyDispatchOutcome,
     LowLatencyDispatchRequest,
     LowLatencyDispatchTerms,
+    Rejectable,
 )
 from epcomm.config import (
     COMBINE_LANES,
@@ -37,13 +38,14 @@ from epcomm.kernels.layout import MAX_LOCAL_EXPERTS, MAX_RANKS, NUM_ENTRY_AGREED
 from epcomm.kernels.low_latency import MAX_EXPERTS, MAX_TOKENS, RECEIVE, SEND
 from epcomm.numerics import BFLOAT16, FP8_BLOCK, FP8_E4M3, logfmt_row_bytes, num_packed_scales
 
-__all__ = ["combine", "dispatch", "reject_combine", "reject_dispatch"]
+__all__ = ["combine", "dispatch", "pass_over", "reject_combine", "reject_dispatch"]
 
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _SCALES = (kernel.EXACT, kernel.POWER_OF_TWO, kernel.EXPONENTS)
 _NOTHING = (0,) * (2 + NUM_ENTRY_AGREED)
 _VALUES = struct.Struct(f"<{NUM_ENTRY_AGREED}I")
 _DIGEST_BITS = 0x7FFFFFFE  # one bit of a word tells how rows travel; with the first one it means something else
+_DISPATCH_FACTOR = 0x9E3779B2  # even, and of two numbers below 2^30 the products differ in those bits
 
 Receive = Callable[[CudaTurn], None]
 
@@ -100,7 +102,7 @@ class _DispatchPlan:
             (num_local, job.size, 2),
             (terms.num_tokens, num_topk, 2),
             (job.size, max_tokens, 1 + num_topk),
-            (job.size,),
+            (job.size + 1,),
         )
         self.beside = BlockLayout(*[output_spec(shape, _INT32, device) for shape in beside])
 
@@ -135,7 +137,15 @@ def dispatch(job: Job, turn: CudaTurn, request: LowLatencyDispatchRequest) -> tu
         low.launch.dispatch(stream, plan.use_fp8, plan.blocks, plan.shared_bytes, fields)
 
     outcome = LowLatencyDispatchOutcome(
-        recv_x, recv_scales, recv_count, src_info, recv_ranges, send_info, messages, num_messages
+        recv_x,
+        recv_scales,
+        recv_count,
+        src_info,
+        recv_ranges,
+        send_info,
+        messages,
+        num_messages,
+        low.dispatches.next_number,
     )
     return outcome, _launch_halves(low, low.dispatches, slot, turn, request.is_postponed, launch)
 
@@ -146,7 +156,9 @@ class _CombinePlan:
     Attributes:
         payload: what travels, see the kernel.
         blocks, send_blocks: of a launch, and of one that only sends.
-        agreed, after: fields of the kernel, before and behind the addresses.
+        digest: of what ranks compare, but for the dispatch.
+        agreed, unused: what they compare, but for that, and how many fields are left.
+        after: fields of the kernel, behind the addresses.
     """
 
     def __init__(self, job: Job, terms: LowLatencyCombineTerms) -> None:
@@ -159,7 +171,11 @@ class _CombinePlan:
         # Whoever only says where its rows are does that in one block.
         self.send_blocks = 1 if is_pulled else self.blocks
         self.shared_bytes = combine_kernel.shared_bytes(self.payload, terms.num_experts)
-        self.agreed = _agreed(low_latency_combine_values(terms))
+        self.digest, _, *values = _agreed(low_latency_combine_values(terms))
+        self.agreed, self.unused = (
+            tuple(values[: len(LOW_LATENCY_COMBINE) - 1]),
+            (0,) * (NUM_ENTRY_AGREED - len(LOW_LATENCY_COMBINE)),
+        )
         self.after = (
             2 * hidden,
             logfmt_row_bytes(hidden) if terms.use_logfmt else 2 * hidden,
@@ -182,11 +198,17 @@ def combine(job: Job, turn: CudaTurn, request: LowLatencyCombineRequest) -> Rece
     plan = job.plan(_CombinePlan, request.terms)
     turn.pin(handle.recv_ranges, handle.send_info, handle.messages, handle.num_messages)
     buffers = low.combine_addresses[slot]  # when the receive half is launched there may be others
+    dispatch_id = handle.dispatch_id
+    digest = (plan.digest + _DISPATCH_FACTOR * dispatch_id) & _DIGEST_BITS
 
     def launch(stream: int, halves: int) -> None:
         fields = (
             *low.slot_fields(low.combines, slot, halves),
+            digest,
+            0,
             *plan.agreed,
+            dispatch_id,
+            *plan.unused,
             *buffers,
             request.x.ptr,
             request.topk_idx.ptr,
@@ -209,28 +231,42 @@ def _launch_halves(
     low: LowLatency, ring: Ring, slot: int, turn: CudaTurn, is_postponed: bool, launch: Callable[[int, int], None]
 ) -> Receive:
     """Launch the send half, or both; what launches the receive half."""
-    combine_slot = slot if ring is low.combines else None
+    is_combine = ring is low.combines
     turn.has_entered = True
     launch(turn.stream, SEND if is_postponed else SEND | RECEIVE)
-    if combine_slot is not None:
-        low.pulls.note_combine(slot, is_postponed, turn.capture)
+    send = low.pulls.note_send(turn.capture)
+    if is_combine:
+        low.pulls.note_combine(slot, send, turn.capture, is_postponed=is_postponed)
     if not is_postponed:
         ring.pass_over(slot)
-        low.pulls.note_received(turn.capture, combine_slot)
+        low.pulls.note_received(send, turn.capture)
         return _received
     number = ring.take(slot)
 
     def receive(later: CudaTurn) -> None:
-        ring.give_back(slot, number)
+        is_overtaken = ring.give_back(slot, number)
         later.use_outputs_of(turn)
         launch(later.stream, RECEIVE)
-        low.pulls.note_received(later.capture, combine_slot)
+        low.pulls.note_received(send, later.capture)
+        if is_overtaken and is_combine:
+            # Peers that wait for this buffer need not hear of it from the next call, which may wait for them.
+            low.launch.service(later.stream)
 
     return receive
 
 
 def _received(later: CudaTurn) -> None:
     """The receive half was launched with the send half."""
+
+
+def pass_over(job: Job, operation: Rejectable) -> None:
+    """Use up a slot, as the other ranks do, for a call that this one does not take part in."""
+    if not job.has_low_latency:
+        return
+    if operation is Rejectable.LOW_LATENCY_DISPATCH:
+        job.low_latency.dispatches.pass_over(job.low_latency.dispatches.next_slot())
+    elif operation is Rejectable.LOW_LATENCY_COMBINE:
+        job.low_latency.combines.pass_over(job.low_latency.combines.next_slot())
 
 
 def reject_dispatch(job: Job, turn: CudaTurn) -> None:

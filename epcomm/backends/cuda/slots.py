@@ -73,7 +73,11 @@ class Ring:
 
     def __init__(self, name: str, operation: int, slots: Sequence[Slot]) -> None:
         self.name, self.operation, self.slots = name, operation, slots
-        self._next = self._num_taken = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew; what was sent is not received any more."""
+        self._next = self._num_calls = self._last_received = 0
         self._taken = [0] * NUM_LOW_LATENCY_SLOTS  # by slot: number of the send that nobody has received, or 0
 
     def next_slot(self) -> int:
@@ -90,19 +94,25 @@ class Ring:
             )
         return self._next
 
+    @property
+    def next_number(self) -> int:
+        """The number of the next call, from 1; the same on all ranks."""
+        return self._num_calls + 1
+
     def pass_over(self, slot: int) -> None:
         """A call has sent and received in `slot`, the next one."""
         self._next = (slot + 1) % NUM_LOW_LATENCY_SLOTS
+        self._num_calls = self._last_received = self._num_calls + 1
 
     def take(self, slot: int) -> int:
-        """A call has only sent in `slot`, the next one; its number for `give_back`."""
-        self.pass_over(slot)
-        self._num_taken += 1
-        self._taken[slot] = self._num_taken
-        return self._num_taken
+        """A call has only sent in `slot`, the next one; its number."""
+        self._next = (slot + 1) % NUM_LOW_LATENCY_SLOTS
+        self._num_calls += 1
+        self._taken[slot] = self._num_calls
+        return self._num_calls
 
-    def give_back(self, slot: int, number: int) -> None:
-        """The send `number` is received.
+    def give_back(self, slot: int, number: int) -> bool:
+        """The send `number` is received; whether a later one was received before it.
 
         Raises:
             BufferStateError: it was forgotten.
@@ -112,11 +122,9 @@ class Ring:
                 self.name, got="the hook of a send from before low_latency_clean_mask_buffer", do="send again"
             )
         self._taken[slot] = 0
-
-    def forget(self) -> None:
-        """Start anew; what was sent is not received any more."""
-        self._next = 0
-        self._taken = [0] * NUM_LOW_LATENCY_SLOTS
+        is_overtaken = number < self._last_received
+        self._last_received = max(self._last_received, number)
+        return is_overtaken
 
 
 class Pulls:
@@ -124,35 +132,43 @@ class Pulls:
 
     Ranks launch their calls in the same order. A combine that sends and receives in one launch, which all ranks do
     alike, has pulled its rows when a later call is sent. So peers are through with the buffer of such a combine once a
-    later call of all of them has been received. Replays of graphs are not seen here: inside a capture only its own
-    calls count, and outside nothing is known any more after a capture.
+    call that was sent later has been received from all of them. Replays of graphs are not seen here: inside a capture
+    only its own calls count, and outside nothing is known any more after a capture.
     """
 
     def __init__(self) -> None:
         self._has_captured = False
+        self._num_sends = 0
         self.forget()
 
     def forget(self) -> None:
         """Nothing is known of earlier calls."""
-        self._capture: list[int | None] = [None] * NUM_LOW_LATENCY_SLOTS  # by slot: that of its last combine
+        # By slot: capture and number of its last combine; None: of that one nothing is known.
+        self._combines: list[tuple[int, int] | None] = [None] * NUM_LOW_LATENCY_SLOTS
         self._is_over = [False] * NUM_LOW_LATENCY_SLOTS
 
-    def note_combine(self, slot: int, is_postponed: bool, capture: int) -> None:
-        """A combine is sent; `capture` as in `CudaTurn`."""
-        self._capture[slot] = None if is_postponed else capture
+    def note_send(self, capture: int) -> int:
+        """A call is sent, `capture` as in `CudaTurn`; its number among those of both operations."""
+        self._has_captured |= capture != 0
+        self._num_sends += 1
+        return self._num_sends
+
+    def note_combine(self, slot: int, number: int, capture: int, *, is_postponed: bool) -> None:
+        """The send `number` is a combine."""
+        self._combines[slot] = None if is_postponed else (capture, number)
         self._is_over[slot] = False
 
-    def note_received(self, capture: int, own_slot: int | None) -> None:
-        """A call is received, if it is a combine that of `own_slot`."""
+    def note_received(self, number: int, capture: int) -> None:
+        """The send `number` is received in a call under `capture`."""
         self._has_captured |= capture != 0
-        for slot in range(NUM_LOW_LATENCY_SLOTS):
-            if slot != own_slot and self._capture[slot] == capture:
+        for slot, combine in enumerate(self._combines):
+            if combine is not None and combine[0] == capture and combine[1] < number:
                 self._is_over[slot] = True
 
     def are_over(self, slot: int, capture: int) -> bool:
         """Whether a call under `capture` may write to the buffer of `slot` without asking the peers."""
-        is_known = capture > 0 or (capture == 0 and not self._has_captured)
-        return is_known and self._capture[slot] == capture and self._is_over[slot]
+        combine, is_known = self._combines[slot], capture > 0 or (capture == 0 and not self._has_captured)
+        return is_known and combine is not None and combine[0] == capture and self._is_over[slot]
 
 
 class LowLatency:
@@ -189,7 +205,7 @@ class LowLatency:
         self.combine_addresses = [[0] * MAX_RANKS for _ in slots]
 
     def slot_fields(self, ring: Ring, slot: int, halves: int, is_rejected: bool = False) -> tuple[int, ...]:
-        """The fields of `kernels.low_latency.SLOT`, but for the last one."""
+        """The fields of `kernels.low_latency.SLOT`, but for what ranks compare."""
         return (*ring.slots[slot], ring.operation + slot, halves, is_rejected, self.masks_on_timeout)
 
     def combine_buffer(self, stream: int, capture: int, num_bytes: int) -> int:

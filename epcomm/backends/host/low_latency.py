@@ -115,6 +115,7 @@ def dispatch(
     agreed = dict(zip(LOW_LATENCY_DISPATCH, low_latency_dispatch_values(terms), strict=True))
     ticket = exchange.post(Operation.LOW_LATENCY_DISPATCH, Ring.LOW_LATENCY_DISPATCH, agreed, fields)
     outcome = _allocate(request, size)
+    outcome.dispatch_id = ticket.sequence
 
     def receive(_: HostTurn) -> None:
         with exchange.collect(ticket) as delivery:
@@ -149,7 +150,8 @@ def _send_fields(request: LowLatencyCombineRequest) -> list[Field]:
 
 def combine(exchange: Exchange, request: LowLatencyCombineRequest) -> Callable[[HostTurn], None]:
     """Send half now; the result is the receive half."""
-    agreed = dict(zip(LOW_LATENCY_COMBINE, low_latency_combine_values(request.terms), strict=True))
+    values = (*low_latency_combine_values(request.terms), request.handle.dispatch_id)
+    agreed = dict(zip(LOW_LATENCY_COMBINE, values, strict=True))
     fields = _send_fields(request)
     ticket = exchange.post(Operation.LOW_LATENCY_COMBINE, Ring.LOW_LATENCY_COMBINE, agreed, fields)
 
