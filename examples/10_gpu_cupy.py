@@ -13,7 +13,7 @@ from epcomm import testing
 NUM_TOKENS, HIDDEN, NUM_TOPK, NUM_LOCAL = 1024, 2048, 4, 8
 
 # The arena: room for what dispatch delivers, for as long as you hold it. Without room all works, but slower.
-with cp.cuda.Stream(non_blocking=True), epcomm.Buffer(num_nvl_bytes=256 << 20, backend="cuda") as buffer:
+with epcomm.Buffer(num_nvl_bytes=256 << 20, backend="cuda") as buffer, cp.cuda.Stream(non_blocking=True):
     rank, num_experts, first_token = buffer.rank, NUM_LOCAL * buffer.group_size, buffer.rank * NUM_TOKENS
     x = cp.asarray(testing.token_data(NUM_TOKENS, HIDDEN, "float32", first_token=first_token))
     topk_idx = cp.asarray(testing.uniform_routing(NUM_TOKENS, num_experts, NUM_TOPK, seed=0, first_token=first_token))

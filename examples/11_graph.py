@@ -12,8 +12,7 @@ from epcomm import testing
 
 NUM_TOKENS, HIDDEN, NUM_TOPK, NUM_LOCAL, NUM_STEPS = 64, 1024, 4, 4, 10
 
-stream = cp.cuda.Stream(non_blocking=True)
-with stream, epcomm.Buffer(num_nvl_bytes=64 << 20, backend="cuda") as buffer:
+with epcomm.Buffer(num_nvl_bytes=64 << 20, backend="cuda") as buffer, cp.cuda.Stream(non_blocking=True) as stream:
     rank, num_ranks, num_experts = buffer.rank, buffer.group_size, NUM_LOCAL * buffer.group_size
     # What the graph reads: the same memory in every replay.
     x = cp.zeros((NUM_TOKENS, HIDDEN), cp.float32)

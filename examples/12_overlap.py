@@ -13,8 +13,7 @@ from epcomm import testing
 
 NUM_TOKENS, HIDDEN, NUM_TOPK, NUM_LOCAL, SIZE = 4096, 4096, 8, 32, 6144
 
-stream = cp.cuda.Stream(non_blocking=True)
-with stream, epcomm.Buffer(num_nvl_bytes=1 << 30, backend="cuda") as buffer:
+with epcomm.Buffer(num_nvl_bytes=1 << 30, backend="cuda") as buffer, cp.cuda.Stream(non_blocking=True) as stream:
     rank, num_experts, first_token = buffer.rank, NUM_LOCAL * buffer.group_size, buffer.rank * NUM_TOKENS
     x = cp.asarray(testing.token_data(NUM_TOKENS, HIDDEN, "float16", first_token=first_token))
     topk_idx = cp.asarray(testing.uniform_routing(NUM_TOKENS, num_experts, NUM_TOPK, seed=0, first_token=first_token))

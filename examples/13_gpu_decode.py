@@ -15,8 +15,8 @@ from epcomm import testing
 MAX_TOKENS, HIDDEN, NUM_TOPK, NUM_LOCAL, NUM_STEPS = 16, 256, 2, 4, 6
 num_ranks, num_experts = MPI.COMM_WORLD.size, NUM_LOCAL * MPI.COMM_WORLD.size
 num_bytes = epcomm.Buffer.get_low_latency_rdma_size_hint(MAX_TOKENS, HIDDEN, num_ranks, num_experts)
-stream = cp.cuda.Stream(non_blocking=True)
-with stream, epcomm.Buffer(num_rdma_bytes=num_bytes, low_latency_mode=True, backend="cuda") as buffer:
+buffer = epcomm.Buffer(num_rdma_bytes=num_bytes, low_latency_mode=True, backend="cuda")  # chooses the GPU
+with buffer, cp.cuda.Stream(non_blocking=True) as stream:
     # What the graph reads, of two micro-batches: the same memory in every replay.
     x = [cp.zeros((MAX_TOKENS, HIDDEN), ml_dtypes.bfloat16) for _ in range(2)]
     topk_idx = [cp.zeros((MAX_TOKENS, NUM_TOPK), cp.int64) for _ in range(2)]

@@ -132,5 +132,13 @@ def order(first: int, then: int, device: int) -> None:
     if event is None:
         with cupy.cuda.Device(device):
             event = events[device] = int(runtime.eventCreateWithFlags(_DISABLE_TIMING))
-    runtime.eventRecord(event, first)
-    runtime.streamWaitEvent(then, event, 0)
+    # A default stream is that of the current device, which JAX for one leaves at the last GPU.
+    before = runtime.getDevice()
+    if before != device:
+        runtime.setDevice(device)
+    try:
+        runtime.eventRecord(event, first)
+        runtime.streamWaitEvent(then, event, 0)
+    finally:
+        if before != device:
+            runtime.setDevice(before)

@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.gpu import has_gpu
 
 from epcomm.arrays import ArrayView, array_spec, import_array
 from epcomm.arrays.device import device_array
@@ -49,16 +50,6 @@ busy_kernel = cupy.RawKernel(
     "  long long start = clock64(); while (clock64() - start < cycles) {} *x = value; }",
     "busy",
 )
-
-
-def has_gpu(framework: str) -> bool:
-    """Whether `framework` is there and can use a GPU."""
-    if framework == "torch":
-        return bool(pytest.importorskip("torch").cuda.is_available())
-    if framework == "jax":
-        jax = pytest.importorskip("jax")
-        return any(device.platform == "gpu" for device in jax.devices())
-    return True
 
 
 def need(framework: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from helpers.gpu import jax_gpus
 from numpy.typing import NDArray
 
 from epcomm import Buffer
@@ -73,9 +74,10 @@ def _to_torch(array: NDArray[Any]) -> Any:
 
 
 def _to_jax(array: NDArray[Any]) -> Any:
+    import cupy
     import jax
 
-    return jax.device_put(np.ascontiguousarray(array), jax.devices("gpu")[0])
+    return jax.device_put(np.ascontiguousarray(array), jax_gpus()[cupy.cuda.Device().id])
 
 
 def down(array: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from epcomm.bootstrap import mps
 
-__all__ = ["MpsService", "busy", "emulated", "has_gpu", "need_gpu", "not_emulated"]
+__all__ = ["MpsService", "busy", "emulated", "has_gpu", "jax_gpus", "need_gpu", "not_emulated"]
 
 
 def need_gpu() -> Any:
@@ -41,9 +41,18 @@ def has_gpu(framework: str) -> bool:
     if framework == "torch":
         return bool(pytest.importorskip("torch").cuda.is_available())
     if framework == "jax":
-        jax = pytest.importorskip("jax")
-        return any(device.platform == "gpu" for device in jax.devices())
+        pytest.importorskip("jax")
+        return bool(jax_gpus())
     return True
+
+
+def jax_gpus() -> list[Any]:
+    """The GPUs that JAX sees, none if it sees no GPU."""
+    import cupy
+    import jax
+
+    with cupy.cuda.Device():  # JAX makes the last one current
+        return [device for device in jax.devices() if device.platform == "gpu"]
 
 
 _BUSY = r"""

@@ -78,7 +78,7 @@ _BAD_ROWS = tuple(
         ("x_of_wrong_rank", _x(lambda x: x.reshape(-1)), ShapeError, "^x: got shape .*; wanted 2 dimensions"),
         ("x_not_contiguous", _x(lambda x: np.repeat(x, 2, axis=1)[:, ::2]), LayoutError, "^x: got strides"),
         ("x_unaligned", _x(unaligned), LayoutError, "^x: got memory 2 bytes past a multiple of 16"),
-        ("x_on_a_gpu", _x(lambda x: Exporter(x, x.dtype, (CUDA, 1))), DeviceError, "^x: got an array on cuda:1"),
+        ("x_on_a_gpu", _x(lambda x: Exporter(x, x.dtype, (CUDA, 99))), DeviceError, "^x: got an array on cuda:99"),
         ("x_masked", _x(lambda x: np.ma.masked_array(x)), InputError, "^x: got a masked array"),
         ("x_with_odd_rows", _x(lambda x: x[:, :7].copy()), ShapeError, r"^x: got hidden 7 \(14 bytes a row\)"),
         ("x_without_channels", _x(lambda x: x[:, :0].copy()), ShapeError, r"^x: got hidden 0"),

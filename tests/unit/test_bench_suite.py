@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import epcomm
 from epcomm.cli.bench import suite
 from epcomm.cli.bench.suite import Step
 from epcomm.errors import InputError
@@ -46,9 +47,16 @@ def test_commands():
     assert sum("--sms=8,16,24,32" in step.command for step in tables) == 4
 
 
-def test_the_tests_are_beside_the_package():
-    folder = suite._tests_folder()
-    assert folder == Path(__file__).parents[1] / "cuda"
+def test_where_the_tests_are(monkeypatch, tmp_path):
+    root = Path(__file__).parents[2]
+    monkeypatch.setattr(epcomm, "__path__", [str(tmp_path / "epcomm")])
+    monkeypatch.chdir(tmp_path)
+    assert suite._tests_folder() is None
+    monkeypatch.chdir(root)
+    assert suite._tests_folder() == root / "tests" / "cuda"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(epcomm, "__path__", [str(root / "epcomm")])
+    assert suite._tests_folder() == root / "tests" / "cuda"
 
 
 def test_a_step(capsys):

@@ -60,7 +60,10 @@ def main(args: argparse.Namespace) -> int:
         print(f"epcomm bench: {error}", file=sys.stderr)
         return 2
     if tests is None:
-        print("tests: not run, they are not beside this package; a checkout of the repository has them", flush=True)
+        print(
+            "tests: not run, they are neither beside this package nor here; run this in a checkout of the repository",
+            flush=True,
+        )
     end = time.monotonic() + _TOTAL_S
     records: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -138,8 +141,12 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _tests_folder() -> Path | None:
-    folder = Path(next(iter(epcomm.__path__))).parent / "tests" / "cuda"
-    return folder if all((folder / name).is_file() for name in _TESTS) else None
+    """Beside the package, or in the current folder if the package is installed elsewhere."""
+    for root in (Path(next(iter(epcomm.__path__))).parent, Path.cwd()):
+        folder = root / "tests" / "cuda"
+        if all((folder / name).is_file() for name in _TESTS):
+            return folder
+    return None
 
 
 def _count(tokens: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,8 +63,9 @@ def run_low_latency(comm: Communicator, case: Case) -> LowLatencyRun:
 
     hint = Buffer.get_low_latency_rdma_size_hint(case.tokens, case.hidden, case.ranks, case.experts)
     num_rdma_bytes = hint * -(-max(case.topk, 10) // 10)  # the hint is for 10 choices
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with Buffer(comm, num_rdma_bytes=num_rdma_bytes, low_latency_mode=True, backend="cuda") as buffer, stream:
+    with ExitStack() as stack:
+        buffer = stack.enter_context(Buffer(comm, num_rdma_bytes=num_rdma_bytes, low_latency_mode=True, backend="cuda"))
+        stream = stack.enter_context(cupy.cuda.Stream(non_blocking=True))  # of the GPU that the Buffer has chosen
         calls = LowLatencyCalls(cupy, buffer, case)
         result = LowLatencyRun(_check(comm, calls, "before"), machine_of(comm, cupy, stream))
         if not result.differences:

@@ -78,6 +78,8 @@ class _BaseStream:
 
     def use(self) -> Any:
         """Make it the current stream of this thread."""
+        if self.device_id not in (-1, device.current()):
+            raise RuntimeError(f"a stream of device {self.device_id} while device {device.current()} is current")
         _thread.__dict__.setdefault("current", {})[device.current()] = self
         return self
 
