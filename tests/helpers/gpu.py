@@ -51,8 +51,11 @@ def jax_gpus() -> list[Any]:
     import cupy
     import jax
 
-    with cupy.cuda.Device():  # JAX makes the last one current
+    current = cupy.cuda.Device()
+    try:
         return [device for device in jax.devices() if device.platform == "gpu"]
+    finally:
+        current.use()  # JAX leaves another one
 
 
 _BUSY = r"""
