@@ -77,7 +77,8 @@ def _to_jax(array: NDArray[Any]) -> Any:
     import cupy
     import jax
 
-    return jax.device_put(np.ascontiguousarray(array), jax_gpus()[cupy.cuda.Device().id])
+    number = cupy.cuda.Device().id  # before JAX starts
+    return jax.device_put(np.ascontiguousarray(array), jax_gpus()[number])
 
 
 def down(array: Any) -> Any:
