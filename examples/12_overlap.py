@@ -41,6 +41,7 @@ with epcomm.Buffer(num_nvl_bytes=1 << 30, backend="cuda") as buffer, cp.cuda.Str
         if recv is not None:
             recv.event.current_stream_wait()  # from here on the current stream may use recv_x
         stream.synchronize()
+        comm.synchronize()  # its last event is behind the dispatch
         return recv, {p: [cp.cuda.get_elapsed_time(origin, event) for event in pair] for p, pair in times.items()}
 
     run("dispatch", "product")  # warms up

@@ -3,16 +3,14 @@
 import os
 
 import pytest
+from helpers.gpu import device_of_rank
 from helpers.mpi_child import JOB_VARIABLE
-
-from epcomm import env
 
 
 @pytest.fixture(autouse=True, scope="module")
 def device_of_the_rank():
     """Tests have streams and arrays before they have a Buffer, which takes the same GPU."""
-    number = env.launcher_local_rank()
-    if JOB_VARIABLE in os.environ and number is not None:
+    if JOB_VARIABLE in os.environ:
         import cupy
 
-        cupy.cuda.Device(number % cupy.cuda.runtime.getDeviceCount()).use()
+        cupy.cuda.Device(device_of_rank()).use()

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from helpers.gpu import jax_gpus
+from helpers.gpu import device_of_rank, jax_gpus
 from numpy.typing import NDArray
 
 from epcomm import Buffer
@@ -74,10 +74,9 @@ def _to_torch(array: NDArray[Any]) -> Any:
 
 
 def _to_jax(array: NDArray[Any]) -> Any:
-    import cupy
     import jax
 
-    number = cupy.cuda.Device().id  # before JAX starts
+    number = device_of_rank()  # whichever JAX has left current
     return jax.device_put(np.ascontiguousarray(array), jax_gpus()[number])
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from epcomm import env
 from epcomm.bootstrap import mps
 
-__all__ = ["MpsService", "busy", "emulated", "has_gpu", "jax_gpus", "need_gpu", "not_emulated"]
+__all__ = ["MpsService", "busy", "device_of_rank", "emulated", "has_gpu", "jax_gpus", "need_gpu", "not_emulated"]
 
 
 def need_gpu() -> Any:
@@ -44,6 +45,14 @@ def has_gpu(framework: str) -> bool:
         pytest.importorskip("jax")
         return bool(jax_gpus())
     return True
+
+
+def device_of_rank() -> int:
+    """The GPU that a Buffer of this rank takes; where no launcher has numbered the ranks, the current one."""
+    import cupy
+
+    number = env.launcher_local_rank()
+    return int(cupy.cuda.Device().id if number is None else number % cupy.cuda.runtime.getDeviceCount())
 
 
 def jax_gpus() -> list[Any]:
