@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from epcomm.arrays import ArrayView, StreamRef, array_spec, export_any, import_array, to_host
+from epcomm.arrays import ArrayView, StreamRef, array_spec, export_any, import_array, to_device, to_host
 from epcomm.event import EventOverlap
 
 __all__ = [
@@ -165,8 +165,8 @@ class DispatchHandle(_Handle):
         rank_prefix_matrix: int32 ``[R, R]``; entry [i, j] is the number of rows ranks 0..i sent to rank j.
         recv_src_idx: int32 ``[N]``, the source's token index of every received row.
         forward_mask: bool ``[F, local_ranks]``; on several nodes, the local ranks to which this rank forwarded
-            each row that came from the ranks with its own local index; else None.
-        forward_counts: int32 ``[num_nodes]``, rows of `forward_mask` by source node; else None.
+            each row that came from the ranks with its own local index; None on one node and on the CUDA backend.
+        forward_counts: int32 ``[num_nodes]``, those rows by source node; else None.
         buffer_id: id of the Buffer that made the handle.
         dispatch_id: which of that Buffer's dispatches; equal on all ranks.
         rank, num_tokens, num_rows, num_topk, hidden, num_experts, ranks_per_node, num_worst_tokens: sizes;
@@ -183,7 +183,7 @@ class DispatchHandle(_Handle):
     rank_prefix_matrix: Any
     recv_src_idx: Any
     forward_mask: NDArray[np.bool_] | None
-    forward_counts: NDArray[np.int32] | None
+    forward_counts: Any
     buffer_id: int
     dispatch_id: int
     rank: int
@@ -222,10 +222,18 @@ class DispatchHandle(_Handle):
         """Rows received: padding not counted, rows beyond `num_worst_tokens` dropped."""
         return min(int(self.recv_rank_prefix_sum[-1]), self.num_rows)
 
-    def _recv_node_prefix_sum(self) -> NDArray[np.int32] | None:
-        if self.forward_counts is None:
-            return None
-        return np.cumsum(np.asarray(self.forward_counts), dtype=np.int32)
+    def _where_the_rows_are(self, values: NDArray[np.int32]) -> NDArray[np.int32] | ArrayView:
+        """The same in the memory of the GPU, on the CUDA backend."""
+        if self.stream is None:
+            return values
+        return to_device(values, self.with_own_leaves(self.stream.ptr).send_pos.device[1], self.stream.ptr)
+
+    def _recv_node_prefix_sum(self) -> NDArray[np.int32]:
+        if self.stream is None:
+            counts = np.asarray(self.forward_counts)
+        else:
+            counts = to_host(self.with_own_leaves(self.stream.ptr).forward_counts, self.stream.ptr)
+        return np.cumsum(counts, dtype=np.int32)
 
     def _positions(self) -> tuple[Callable[[], Any], ...]:
         def absent() -> None:
@@ -240,7 +248,11 @@ class DispatchHandle(_Handle):
                 lambda: self.is_token_in_rank,
                 absent,
             )
-        prefix_sums = (self._recv_node_prefix_sum, absent, lambda: self.recv_rank_prefix_sum)
+        prefix_sums = (
+            lambda: self._where_the_rows_are(self._recv_node_prefix_sum()),
+            absent,
+            lambda: self._where_the_rows_are(self.recv_rank_prefix_sum),
+        )
         return (lambda: self.is_token_in_rank, absent, absent, absent, *prefix_sums, absent, absent, absent)
 
 

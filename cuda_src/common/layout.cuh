@@ -73,7 +73,9 @@ struct State {
     // How many units of work have been taken in the receive half, by parity of the sequence: a call uses one counter, and
     // clears the other one for the next call.
     uint32_t taken_units[2 * kNumSlots][2];
-    uint32_t unused2[28];
+    // By Operation - kDispatch, since construction: rows of this rank's tokens that have gone to other nodes, and come back.
+    uint64_t rows_to_nodes[2];
+    uint32_t unused2[24];
 };
 static_assert(sizeof(State) == 384);
 
@@ -148,7 +150,8 @@ struct HostPage {
     uint32_t verdict;       // Verdict
     uint32_t num_received;  // rows for this rank
     uint32_t num_sent;      // and from it
-    uint32_t unused2[28];
+    uint64_t rows_to_nodes[2];  // as in State, after the last call
+    uint32_t unused2[24];
     int32_t count[kMaxRanks * kMaxRanks];  // [source * num_ranks + destination]
     uint32_t agreed[kMaxRanks * kNumAgreed];
     uint32_t status[kMaxRanks];

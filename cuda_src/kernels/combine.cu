@@ -151,14 +151,13 @@ __device__ inline void sum_weights(const CombineArgs& args, const Shared& shared
 
 #if __CUDA_ARCH__ >= 900
 
-// All lanes: sum `count` pieces in shared memory to `out_offset`.
-__device__ inline void sum_pieces(const CombineArgs& args, const uint8_t* first, int count, uint64_t out_offset,
+// All lanes: sum the `count` pieces that the pipe has to `out_offset`.
+__device__ inline void sum_pieces(const CombineArgs& args, const PullPipe<kStages>& pipe, int count, uint64_t out_offset,
                                   uint32_t num_bytes) {
-    const uint32_t pieces = ptx::shared_address(first);
     for (uint32_t at = lane_index() * sizeof(Vector); at < num_bytes; at += kWarp * sizeof(Vector)) {
         Sum sum = biases_at(args, out_offset + at);
 #pragma unroll 4
-        for (int i = 0; i < count; ++i) sum.add(ptx::ld_shared(pieces + i * args.piece_bytes + at));
+        for (int i = 0; i < count; ++i) sum.add(pipe.get(i, at));
         *pointer<Vector>(args.out + out_offset + at) = sum.rounded();
     }
 }
@@ -182,10 +181,9 @@ __device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared
     for (int i = 0; i < kAhead; ++i) load_next();
     while (token < end) {
         if (kStages > 1) load_next();
-        const uint8_t* pieces;
-        const int count = pipe.wait(pieces);
+        const int count = __popc(pipe.wait());
         const uint64_t offset = static_cast<uint64_t>(token) * args.row_bytes + piece * args.piece_bytes;
-        sum_pieces(args, pieces, count, offset, bytes_of(piece));
+        sum_pieces(args, pipe, count, offset, bytes_of(piece));
         pipe.release();
         if (piece == 0 && args.num_topk > 0) sum_weights(args, shared, token, origin_of(args, shared, token, first));
         if (++piece == num_pieces) piece = 0, token += step;
@@ -335,13 +333,13 @@ __device__ inline bool run(const CombineArgs& args, const Call& call, Shared& sh
     const Role pullers = {0, num_pullers, 1};
     const Role feeders = {num_pullers, warps_per_block() - num_pullers, 2};
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp_index() * 2 * kStages;
-    uint32_t* counts = reinterpret_cast<uint32_t*>(barriers + kStages);
+    uint32_t* masks = reinterpret_cast<uint32_t*>(barriers + kStages);
     const uint32_t stage_bytes = args.piece_bytes * comm.num_ranks;
     uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp_index()) * kStages * stage_bytes;
     bool good;
     if (pullers.has_this_warp()) {
-        PullPipe<kStages> pipe(stages, barriers, counts, args.piece_bytes, comm.num_ranks);
+        PullPipe<kStages> pipe(stages, barriers, masks, args.piece_bytes, comm.num_ranks);
         good = pull_role(args, call, shared, pipe, pullers);
     } else {
         RowPipe<kStages> pipe(stages, barriers, stage_bytes);

@@ -8,8 +8,8 @@
 //
 // Regions: writes blocks and windows of all ranks, reads the own window. Words: dispatch_entry, window_ready,
 // window_ack, dispatch_done; see common/layout.cuh for writers, sync/ for the pairs of release and acquire.
+#include "kernels/dispatch_fields.cuh"
 #include "sync/entry.cuh"
-#include "sync/rows.cuh"
 #include "sync/window.cuh"
 
 #ifndef KERNEL_STAGES
@@ -19,10 +19,6 @@
 namespace epcomm {
 
 inline constexpr int kStages = KERNEL_STAGES;
-inline constexpr int kBesideWarps = 4;  // of those that send, and of those that take; as in epcomm/kernels/dispatch.py
-
-// What travels with a token. The numbers are indices of Places.field.
-enum Field : int { kRow = 0, kScales = 1, kTopkIdx = 2, kTopkWeights = 3, kSource = 4, kNumFields = 5 };
 
 struct DispatchArgs {
     Comm comm;
@@ -64,16 +60,6 @@ struct Shared {
     uint32_t count[2];
 };
 
-__device__ inline uint32_t field_bytes(const DispatchArgs& args, int field) {
-    switch (field) {
-        case kRow: return args.pieces.row_bytes;
-        case kScales: return args.num_scales * args.scale_bytes;
-        case kTopkIdx: return args.num_topk * args.index_bytes;
-        case kTopkWeights: return args.has_weights ? args.num_topk * 4 : 0;
-        default: return 4;
-    }
-}
-
 // One thread per rank: where this rank's rows go. False: the offsets point out of the region.
 __device__ inline bool find_places(const DispatchArgs& args, Shared& shared, int r) {
     const Comm& comm = args.comm;
@@ -89,19 +75,7 @@ __device__ inline bool find_places(const DispatchArgs& args, Shared& shared, int
         for (int f = 0; f < kNumFields; ++f) places.field[f] = args.out[f];
         return true;
     }
-    const uint64_t rows = entry.rows * kUnit, metadata = entry.metadata * kUnit;
-    const MetadataLayout beside(places.num_rows, args.num_topk, args.index_bytes, args.has_weights);
-    const uint64_t scales = scales_offset(places.num_rows, args.pieces.row_bytes);
-    places.field[kRow] = comm.region[r] + rows;
-    places.field[kScales] = comm.region[r] + rows + scales;
-    places.field[kSource] = comm.region[r] + metadata;
-    places.field[kTopkIdx] = comm.region[r] + metadata + beside.topk_idx;
-    places.field[kTopkWeights] = comm.region[r] + metadata + beside.topk_weights;
-    const bool has_metadata = entry.metadata != kNoBlock;
-    if (!has_metadata) places.field[kSource] = 0;
-    // A peer's memory may hold anything; this rank does not write outside of the regions.
-    const uint64_t rows_end = rows + scales + static_cast<uint64_t>(places.num_rows) * field_bytes(args, kScales);
-    return rows_end <= comm.region_bytes && (!has_metadata || metadata + beside.num_bytes <= comm.region_bytes);
+    return find_fields(args, r, entry.rows, entry.metadata, places.num_rows, places.field);
 }
 
 // Lane r: where token `token` goes at destination r.
@@ -125,60 +99,22 @@ __device__ inline uint64_t place_of(const DispatchArgs& args, const Places& plac
     return places.field[field] + i * (places.is_windowed ? args.window.slot_bytes : field_bytes(args, field));
 }
 
-// All lanes: the scales of a token, read once, to every destination; lane r knows the index there, or -1.
-template <typename T>
-__device__ inline void send_scales(const DispatchArgs& args, const Shared& shared, int token, int index) {
-    const T* from = pointer<const T>(args.scales) + static_cast<int64_t>(token) * args.scale_stride_token;
-    for (int first = lane_index(); first - lane_index() < args.num_scales; first += 2 * kWarp) {
-        const int second = first + kWarp;
-        T values[2];
-        if (first < args.num_scales) values[0] = from[first * args.scale_stride_scale];
-        if (second < args.num_scales) values[1] = from[second * args.scale_stride_scale];
-        for (uint32_t rest = __ballot_sync(~0u, index >= 0); rest != 0; rest &= rest - 1) {
-            const int r = __ffs(rest) - 1;
-            T* to = pointer<T>(place_of(args, shared.places[r], kScales, __shfl_sync(~0u, index, r)));
-            if (first < args.num_scales) to[first] = values[0];
-            if (second < args.num_scales) to[second] = values[1];
-        }
-    }
-}
-
 // All lanes: write what travels beside token `token`; lane r knows its row (or slot) at destination r, or -1.
 __device__ inline void send_beside(const DispatchArgs& args, const Shared& shared, int token, int index) {
     const int lane = lane_index();
-    int64_t expert = -1;
-    float weight = 0.0f;
-    if (lane < args.num_topk) {
-        const int64_t at = static_cast<int64_t>(token) * args.num_topk + lane;
-        expert = args.index_bytes == 8 ? pointer<const int64_t>(args.topk_idx)[at]
-                                       : pointer<const int32_t>(args.topk_idx)[at];
-        if (args.has_weights) weight = pointer<const float>(args.topk_weights)[at];
-    }
+    const int64_t choices = static_cast<int64_t>(token) * args.num_topk;
+    const Chosen chosen =
+        load_chosen(args, args.topk_idx + choices * args.index_bytes, args.topk_weights + choices * sizeof(float));
     if (args.num_scales > 0) {
-        if (args.scale_bytes == 4) {
-            send_scales<uint32_t>(args, shared, token, index);
-        } else if (args.scale_bytes == 2) {
-            send_scales<uint16_t>(args, shared, token, index);
-        } else {
-            send_scales<uint8_t>(args, shared, token, index);
-        }
+        const uint64_t from = args.scales + token * args.scale_stride_token * args.scale_bytes;
+        const Places& places = shared.places[min(lane, args.comm.num_ranks - 1)];
+        spread_scales(args, from, args.scale_stride_scale, index < 0 ? 0 : place_of(args, places, kScales, index));
     }
     for (uint32_t rest = __ballot_sync(~0u, index >= 0); rest != 0; rest &= rest - 1) {
         const int r = __ffs(rest) - 1;
         const Places& places = shared.places[r];
         const int64_t i = __shfl_sync(~0u, index, r);
-        if (lane < args.num_topk) {
-            const int64_t local = expert - static_cast<int64_t>(r) * args.num_local_experts;
-            const bool is_here = static_cast<uint64_t>(local) < static_cast<uint64_t>(args.num_local_experts);
-            const uint64_t to = place_of(args, places, kTopkIdx, i);
-            if (args.index_bytes == 8) {
-                pointer<int64_t>(to)[lane] = is_here ? local : -1;
-            } else {
-                pointer<int32_t>(to)[lane] = is_here ? static_cast<int32_t>(local) : -1;
-            }
-            if (args.has_weights)
-                pointer<float>(place_of(args, places, kTopkWeights, i))[lane] = is_here ? weight : 0.0f;
-        }
+        store_local(args, r, chosen, place_of(args, places, kTopkIdx, i), place_of(args, places, kTopkWeights, i));
         if (lane == 0 && places.field[kSource] != 0) *pointer<int32_t>(place_of(args, places, kSource, i)) = token;
     }
 }
@@ -345,35 +281,11 @@ __device__ inline bool take_role(const DispatchArgs& args, const Call& call, Sha
     return true;
 }
 
-// All blocks: rows from `num_received` on select nothing.
-__device__ inline void pad_topk_idx(const DispatchArgs& args, int num_received) {
-    const int64_t first = static_cast<int64_t>(min(num_received, args.num_worst_tokens)) * args.num_topk;
-    const int64_t end = static_cast<int64_t>(args.num_worst_tokens) * args.num_topk;
-    for (int64_t i = first + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += gridDim.x * blockDim.x) {
-        if (args.index_bytes == 8) {
-            pointer<int64_t>(args.out[kTopkIdx])[i] = -1;
-        } else {
-            pointer<int32_t>(args.out[kTopkIdx])[i] = -1;
-        }
-    }
-}
-
-// One thread of one block: tell the host of rows for this rank that did not fit.
-__device__ inline void count_dropped(const DispatchArgs& args, int num_received) {
-    if (num_received > args.num_worst_tokens)
-        *const_cast<volatile uint32_t*>(&args.comm.page()->dropped) += num_received - args.num_worst_tokens;
-}
-
 // All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
 __device__ inline bool run(const DispatchArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
     const Comm& comm = args.comm;
     if (!enter(args, call, shared)) return false;
-    if (args.num_worst_tokens > 0) {
-        const int32_t* last_row = pointer<const int32_t>(args.rank_prefix) + (comm.num_ranks - 1) * comm.num_ranks;
-        const int num_received = last_row[comm.rank];
-        pad_topk_idx(args, num_received);
-        if (blockIdx.x == 0 && threadIdx.x == 0) count_dropped(args, num_received);
-    }
+    if (args.num_worst_tokens > 0) note_worst_case(args);
     const bool is_taking = args.entry.rows == kThroughWindow;
     const int num_rows = warps_per_block() - kBesideWarps * (1 + is_taking);
     const int num_senders = kBesideWarps + (is_taking ? num_rows / 2 : num_rows);

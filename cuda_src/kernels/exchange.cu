@@ -15,6 +15,7 @@ struct ExchangeArgs {
     uint64_t tokens_per_expert;  // int32 [num_experts]
     uint64_t send_pos;           // int32 [num_tokens, num_ranks], out: index within (this rank, destination), or -1
     uint64_t rank_prefix;        // int32 [num_ranks, num_ranks], out: rows that ranks 0..i send to rank j
+    uint64_t node_counts;        // int32 [num_nodes], out: zeros, to which the dispatch adds; or 0
     int32_t num_tokens;
     int32_t num_local_experts;
     uint32_t status;  // not 0: this rank rejects its own input
@@ -22,8 +23,10 @@ struct ExchangeArgs {
     uint32_t is_awaited;  // by the host
     uint32_t capacity;    // rows that this rank has room for: if all have enough, the dispatch behind this moves them
     uint32_t agreed[kNumAgreed];
+    int32_t num_nodes;
+    uint32_t unused;
 };
-static_assert(sizeof(ExchangeArgs) == 288 + 5 * 8 + 6 * 4 + 4 * kNumAgreed,
+static_assert(sizeof(ExchangeArgs) == 288 + 6 * 8 + 6 * 4 + 4 * kNumAgreed + 2 * 4,
               "ExchangeArgs differs from epcomm/kernels/exchange.py");
 
 inline constexpr uint32_t kStatusCounts = 2;  // num_tokens_per_rank contradicts is_token_in_rank
@@ -193,6 +196,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) epcomm_exchange(const 
         totals[threadIdx.x] = 0;
     }
     if (threadIdx.x == 0) status = args.status;
+    if (args.node_counts != 0 && threadIdx.x < args.num_nodes) pointer<int32_t>(args.node_counts)[threadIdx.x] = 0;
     __syncthreads();
     if (args.status == 0 && args.tokens_per_rank != 0 && threadIdx.x < comm.num_ranks &&
         pointer<const int32_t>(args.tokens_per_rank)[threadIdx.x] != totals[threadIdx.x])

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from epcomm import dlpack
 from epcomm.arrays.exchange import export_array
 from epcomm.arrays.streams import LEGACY, StreamRef, current_torch_stream, dlpack_stream, order
-from epcomm.arrays.view import ArraySpec, ArrayView, wrong_device
+from epcomm.arrays.view import ArraySpec, ArrayView, array_spec, wrong_device
 from epcomm.dlpack import DTYPES, DType
 from epcomm.errors import DtypeError, InputError
 
-__all__ = ["DeviceArray", "cupy_array", "device_array", "export_any", "to_host"]
+__all__ = ["DeviceArray", "cupy_array", "device_array", "export_any", "to_device", "to_host"]
 
 _IS_NATIVE = {dtype: dtype.kind in "biuf" and not dtype.name.startswith("float8") for dtype in DTYPES}
 
@@ -112,6 +112,24 @@ def to_host(view: ArrayView, stream: int) -> NDArray[Any]:
             runtime.streamSynchronize(stream or LEGACY)
     width = view.dtype.itemsize
     return np.lib.stride_tricks.as_strided(flat, view.shape, tuple(step * width for step in view.strides))
+
+
+def to_device(values: NDArray[Any], device: int, stream: int) -> ArrayView:
+    """A copy in GPU memory. Blocks the host until `stream` has come here.
+
+    Args:
+        values: contiguous.
+        device: CUDA device number.
+        stream: raw handle of a stream of that device.
+    """
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    with cupy.cuda.Device(device):
+        memory = cupy.cuda.alloc(max(values.nbytes, 1))
+        runtime.memcpyAsync(memory.ptr, values.ctypes.data, values.nbytes, runtime.memcpyHostToDevice, stream or LEGACY)
+        runtime.streamSynchronize(stream or LEGACY)
+    return ArrayView(array_spec("", values.shape, None, values.dtype, (dlpack.CUDA, device)), memory.ptr, memory)
 
 
 def device_array(framework: str, view: ArrayView, stream: int | None) -> Any:

@@ -64,6 +64,7 @@ def make_backend(
     chosen = Settings(
         num_arena_bytes=int(settings["num_nvl_bytes"]),
         num_low_latency_bytes=int(settings["num_rdma_bytes"]),
+        num_network_bytes=int(settings["num_rdma_bytes"]),
         low_latency_mode=settings["low_latency_mode"],
         masks_on_timeout=settings["enable_shrink"],
         timeout_s=timeout_s,
@@ -129,8 +130,8 @@ def choose_backend(comm: Communicator, topology: Topology, wanted: str) -> str:
     from epcomm.backends import cuda
 
     problem = cuda.why_not()
-    if not problem and (topology.num_nodes > 1 or len(topology.same_host_ranks) != comm.size):
-        problem = f"ranks on {topology.num_nodes} nodes, where this release connects the GPUs of one"
+    if not problem and len(topology.same_host_ranks) != comm.size:
+        problem = f"ranks on {len(set(topology.hosts))} hosts, where this release connects the GPUs of one"
     problems = {rank: text for rank, text in enumerate(comm.allgather(problem)) if text}
     if problems and wanted == "cuda":
         listed = "; ".join(f"rank {rank}: {text}" for rank, text in problems.items())

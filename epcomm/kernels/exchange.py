@@ -15,6 +15,6 @@ THREADS = 1024
 STATUS_COUNTS = 2  # num_tokens_per_rank contradicts is_token_in_rank
 ANY_CAPACITY = 0xFFFFFFFF
 
-# is_token_in_rank, tokens_per_rank, tokens_per_expert, send_pos, rank_prefix;
-# num_tokens, num_local_experts, status, tag, is_awaited, capacity; agreed
-FIELDS = struct.Struct(f"<5Q2i4I{NUM_AGREED}I")
+# is_token_in_rank, tokens_per_rank, tokens_per_expert, send_pos, rank_prefix, node_counts;
+# num_tokens, num_local_experts, status, tag, is_awaited, capacity; agreed; num_nodes, unused
+FIELDS = struct.Struct(f"<6Q2i4I{NUM_AGREED}IiI")

@@ -133,8 +133,8 @@ def assert_dispatched(buffer: Buffer, inputs: Inputs, got: DispatchResult, is_ca
         assert_bitwise(src_idx[real], want.recv_src_idx[real], "handle[3]")
         assert_bitwise(down(handle[4]), reference_mask(buffer, inputs), "handle[4]")
     else:
-        assert_bitwise(handle[-4], np.ascontiguousarray(want.rank_prefix_matrix[:, rank]), "handle[-4]")
-        assert_bitwise(handle[4], np.cumsum(rows_over_rail(inputs, rank, per_node), dtype=np.int32), "handle[4]")
+        assert_bitwise(down(handle[-4]), np.ascontiguousarray(want.rank_prefix_matrix[:, rank]), "handle[-4]")
+        assert_bitwise(down(handle[4]), np.cumsum(rows_over_rail(inputs, rank, per_node), dtype=np.int32), "handle[4]")
 
 
 def reference_mask(buffer: Buffer, inputs: Inputs) -> np.ndarray[Any, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import checks
-from helpers.cases import CASES, PLACING_CASES, Case, Inputs
+from helpers import checks, internode
+from helpers.cases import CASES, PLACING_CASES, Case
+from helpers.internode import rows_to_nodes
 
 from epcomm import Buffer, reference
 from epcomm.backends.host.exchange import Exchange
@@ -81,47 +82,27 @@ def test_nodes_from_the_environment(comm, monkeypatch):
 
 
 @pytest.mark.ranks(4)
-def test_explicit_names_of_the_operations(comm):
-    inputs = UNIFORM.inputs(comm.size)
-    with Buffer(comm, ranks_per_node=2) as buffer:
-        layout = buffer.get_dispatch_layout(inputs.topk_idx[comm.rank], inputs.num_experts)
-        result = buffer.internode_dispatch(
-            inputs.x[comm.rank],
-            **layout.arguments(),
-            topk_idx=inputs.topk_idx[comm.rank],
-            topk_weights=inputs.topk_weights[comm.rank],
-        )
-        checks.assert_dispatched(buffer, inputs, result)
-        checks.assert_combined(buffer, inputs, buffer.internode_combine(inputs.outputs[comm.rank], result.handle))
+def test_explicit_names_of_the_operations(buffer_of, num_ranks):
+    internode.explicit_names_of_the_operations(buffer_of(2), UNIFORM.inputs(num_ranks))
 
 
 @pytest.mark.ranks(4)
 def test_two_levels_round_twice(comm):
-    """The case tells the two reductions apart: on one node the sums have other bits."""
-    inputs = UNIFORM.inputs(comm.size)
-    one_level, two_levels = (inputs.combined(per_node, 0, False) for per_node in (4, 2))
-    assert any(
-        (a.view(np.uint16) != b.view(np.uint16)).any() for (a, _), (b, _) in zip(one_level, two_levels, strict=True)
-    )
-    for ranks_per_node in (4, 2):
-        with Buffer(comm, ranks_per_node=ranks_per_node) as buffer:
-            _, result = checks.dispatch(buffer, inputs)
-            checks.assert_combined(buffer, inputs, checks.combine(buffer, inputs, result))
+    internode.two_levels_round_twice(comm, lambda comm, n: Buffer(comm, ranks_per_node=n), UNIFORM.inputs(comm.size))
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("worst", ["exact", "room", "overflow"])
-def test_worst_case_combine_after_cached(comm, worst):
-    """Dropped rows are dropped at the forwarder, in the cached dispatch and in both combines."""
+def test_worst_case_combine_after_cached(buffer_of, comm, worst):
     inputs = Case("worst", worst=worst, num_topk=6, tokens=(30, 2, 17)).inputs(comm.size)
-    with Buffer(comm, ranks_per_node=2) as buffer:
-        _, result = checks.dispatch(buffer, inputs)
-        cached = buffer.dispatch(inputs.x[comm.rank], handle=result.handle)
-        for handed_out in (result, cached, result):
-            got = checks.combine(buffer, inputs, handed_out, 2, with_weights=True)
-            checks.assert_combined(buffer, inputs, got, 2, with_weights=True)
-        comm.barrier()
+    internode.worst_case_combine_after_cached(buffer_of(2), inputs)
     assert (worst == "overflow") == any(inputs.is_overflowing(rank) for rank in range(comm.size))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks((4, 6))
+def test_calls_of_changing_shape(buffer_of, num_ranks):
+    internode.calls_of_changing_shape([buffer_of(2)], 30)
 
 
 class SentRows:
@@ -136,14 +117,6 @@ class SentRows:
             return post(exchange, operation, ring, agreed, fields, **rest)
 
         monkeypatch.setattr(Exchange, "post", counting_post)
-
-
-def rows_to_nodes(inputs: Inputs, rank: int, ranks_per_node: int) -> np.ndarray[Any, Any]:
-    """int ``[num_nodes]``: tokens of `rank` that have a choice on each node; what has to cross at least."""
-    num_ranks = len(inputs.x)
-    layout = reference.get_dispatch_layout(inputs.topk_idx[rank], inputs.num_experts, num_ranks, ranks_per_node)
-    assert layout.num_tokens_per_rdma_rank is not None
-    return layout.num_tokens_per_rdma_rank
 
 
 @pytest.mark.ranks((4, 8), slow=(8,))

@@ -1,4 +1,4 @@
-"""CudaBackend: the `Backend` protocol on the GPUs of one node."""
+"""CudaBackend: the `Backend` protocol on GPUs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from epcomm.backends.cuda.dispatch import (
     dispatch,
     dispatch_layout,
     reject_exchange,
-    reject_move,
 )
 from epcomm.backends.cuda.job import Job, Settings
+from epcomm.backends.cuda.moves import reject_move
 from epcomm.backends.cuda.turn import CudaTurn, output_spec
 from epcomm.backends.protocol import (
     CombineOutcome,
@@ -217,7 +217,8 @@ class CudaBackend:
         counters: Counter[str] = self._job.counters
         arena = {f"arena_{name}": value for name, value in self._job.arena.stats.items()}
         outputs = {f"outputs_{name}": value for name, value in self._job.outputs.stats.items()}
-        return {**counters, **arena, **outputs}
+        sent, returned = self._job.page.rows_to_nodes
+        return {**counters, **arena, **outputs, "rows_to_other_nodes": sent, "rows_from_other_nodes": returned}
 
     def news(self) -> EpcommError | None:
         """What kernels have recorded since the last look; a failure stays. Does not wait for kernels that run."""

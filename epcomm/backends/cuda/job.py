@@ -19,10 +19,11 @@ from epcomm.backends.cuda.streams import Streams
 from epcomm.bootstrap import Communicator, LocalCommunicator, Topology
 from epcomm.errors import BufferDestroyed
 from epcomm.jit import Program, current_device, device_architecture, load_cupy, share_cubins
-from epcomm.kernels import LOW_LATENCY_PROGRAMS, PROGRAMS
+from epcomm.kernels import programs_of
 from epcomm.kernels.arguments import comm_bytes
 from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES, round_up
 from epcomm.kernels.low_latency import Area
+from epcomm.kernels.rings import Rings
 from epcomm.kernels.window import WINDOW_BYTES, Window
 from epcomm.memory import BlockPool, CudaTimeline, LocalPool, SymmetricMemory, close_or_park, sweep
 
@@ -38,6 +39,7 @@ class Settings:
     Attributes:
         num_arena_bytes: bytes of each rank's arena.
         num_low_latency_bytes: bytes of its low-latency area.
+        num_network_bytes: bytes of its rings for what comes from other nodes, if there are several.
         low_latency_mode: low-latency operations are wanted.
         masks_on_timeout: in them, ranks that do not come in time are masked.
         timeout_s: bound of the waits on the GPU.
@@ -46,6 +48,7 @@ class Settings:
 
     num_arena_bytes: int
     num_low_latency_bytes: int
+    num_network_bytes: int
     low_latency_mode: bool
     masks_on_timeout: bool
     timeout_s: float
@@ -62,6 +65,7 @@ class Job:
 
     Attributes:
         has_low_latency: there are low-latency operations, and `low_latency`.
+        rings: for what comes from other nodes; None on one node.
 
     Raises:
         UnsupportedOption: several nodes, or too many ranks.
@@ -83,7 +87,8 @@ class Job:
                 _dropped.pop().close()
         sweep(synchronize=not self.in_process)
         architecture = device_architecture(device)
-        programs = (*PROGRAMS, *(LOW_LATENCY_PROGRAMS if settings.low_latency_mode else ()))
+        self.num_nodes, self.ranks_per_node = topology.num_nodes, topology.ranks_per_node
+        programs = programs_of(self.num_nodes, settings.low_latency_mode)
         cubins = share_cubins(comm, topology.hosts, programs, architecture)
         problem: Exception | None = None
         try:
@@ -118,13 +123,19 @@ class Job:
         # Not in the default stream: kernels of other ranks of this process may be waiting for this one.
         self.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own.ptr)
         self.runtime.streamSynchronize(self.streams.own.ptr)
-        self.launch = Launcher(cubins, architecture, self.device, self._scratch.ptr)
+        self.launch = Launcher(cubins, architecture, self.device, self.num_nodes > 1, self._scratch.ptr)
 
     def _share_memory(self, cubins: Mapping[Program, bytes], settings: Settings) -> None:
         self.arena_offset, timeout_s = WORKSPACE_BYTES + WINDOW_BYTES, settings.timeout_s
         self.arena_bytes = round_up(settings.num_arena_bytes, UNIT)
         area_offset = self.arena_offset + self.arena_bytes
-        wanted = area_offset + (settings.num_low_latency_bytes if settings.low_latency_mode else 0)
+        rings_offset = area_offset + (settings.num_low_latency_bytes if settings.low_latency_mode else 0)
+        self.rings: Rings | None = None
+        wanted = rings_offset
+        if self.num_nodes > 1:
+            num_bytes = round_up(settings.num_network_bytes, UNIT)
+            self.rings = Rings(rings_offset, num_bytes, self.ranks_per_node, self.num_nodes)
+            wanted += num_bytes
         self._memory = SymmetricMemory(self.comm, wanted, self.device, timeout_s=timeout_s)
         self.base = self._memory.bases[self.rank]
         region_bytes = min(self._memory.sizes)

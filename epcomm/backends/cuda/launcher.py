@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from epcomm.errors import CapacityError
 from epcomm.jit import Kernel, Program, max_shared_bytes
-from epcomm.kernels import barrier, combine, dispatch, dispatch_layout, exchange
+from epcomm.kernels import barrier, combine, dispatch, dispatch_layout, exchange, internode_combine, internode_dispatch
 from epcomm.kernels.arguments import Arguments
 from epcomm.kernels.layout import UNIT
 from epcomm.kernels.rows import stage_memory
@@ -18,6 +19,14 @@ _MAX_LAYOUT_BYTES = 48 * 1024
 _BULK_ARCHITECTURE = 90  # the first with a copy engine in the SM
 
 
+class _Shape(Protocol):
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
+
 class Launcher:
     """Loads all kernels. Local; may block the host for some milliseconds.
 
@@ -27,6 +36,7 @@ class Launcher:
         cubins: by program, for this GPU.
         architecture: of this GPU, as for `epcomm.jit.compile_program`.
         device: its CUDA device number.
+        has_nodes: dispatch and combine are those of several nodes; their `fields` and shapes, too.
         scratch: address of `SCRATCH_BYTES` of device memory, zero.
 
     Attributes:
@@ -36,14 +46,18 @@ class Launcher:
         CompileError, CapacityError: a kernel cannot run on this GPU.
     """
 
-    def __init__(self, cubins: Mapping[Program, bytes], architecture: str, device: int, scratch: int) -> None:
+    def __init__(
+        self, cubins: Mapping[Program, bytes], architecture: str, device: int, has_nodes: bool, scratch: int
+    ) -> None:
         self._layout = Kernel(cubins[dispatch_layout.PROGRAM], dispatch_layout.ENTRY, device)
         self._exchange = Kernel(cubins[exchange.PROGRAM], exchange.ENTRY, device)
         self._barrier = Kernel(cubins[barrier.PROGRAM], barrier.ENTRY, device)
-        self._dispatch = Kernel(cubins[dispatch.PROGRAM], dispatch.ENTRY, device)
+        move, reduce = (internode_dispatch, internode_combine) if has_nodes else (dispatch, combine)
+        self._dispatch = Kernel(cubins[move.PROGRAM], move.ENTRY, device)
         self._combine = {
-            dtype: Kernel(cubins[program], combine.ENTRY, device) for dtype, program in combine.PROGRAMS.items()
+            dtype: Kernel(cubins[program], reduce.ENTRY, device) for dtype, program in reduce.PROGRAMS.items()
         }
+        self._dispatch_fields, self._combine_fields = move.FIELDS, reduce.FIELDS
         has_bulk = int(architecture) >= _BULK_ARCHITECTURE
         self.stage_memory = stage_memory(max_shared_bytes(device)) if has_bulk else 0
         for kernel in (self._dispatch, *self._combine.values()):
@@ -55,8 +69,8 @@ class Launcher:
     def set_comm(self, fixed: bytes) -> None:
         """`fixed`, of `comm_bytes`, starts the arguments of all collective kernels from now on."""
         self._exchange_arguments = Arguments(fixed, exchange.FIELDS)
-        self._dispatch_arguments = Arguments(fixed, dispatch.FIELDS)
-        self._combine_arguments = Arguments(fixed, combine.FIELDS)
+        self._dispatch_arguments = Arguments(fixed, self._dispatch_fields)
+        self._combine_arguments = Arguments(fixed, self._combine_fields)
         self._barrier_arguments = Arguments(fixed, barrier.FIELDS)
 
     def layout(self, stream: int, num_tokens: int, num_counts: int, fields: Sequence[int]) -> None:
@@ -72,11 +86,11 @@ class Launcher:
     def exchange(self, stream: int, fields: Sequence[int]) -> None:
         self._exchange.launch(1, exchange.THREADS, 0, stream, self._exchange_arguments.fill(fields))
 
-    def dispatch(self, stream: int, blocks: int, shape: dispatch.Shape, fields: Sequence[int]) -> None:
+    def dispatch(self, stream: int, blocks: int, shape: _Shape, fields: Sequence[int]) -> None:
         arguments = self._dispatch_arguments.fill(fields)
         self._dispatch.launch(blocks, shape.threads, shape.shared_bytes, stream, arguments)
 
-    def combine(self, stream: int, dtype: str, blocks: int, shape: combine.Shape, fields: Sequence[int]) -> None:
+    def combine(self, stream: int, dtype: str, blocks: int, shape: _Shape, fields: Sequence[int]) -> None:
         arguments = self._combine_arguments.fill(fields)
         self._combine[dtype].launch(blocks, shape.threads, shape.shared_bytes, stream, arguments)
 

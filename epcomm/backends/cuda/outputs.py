@@ -11,11 +11,12 @@ import numpy as np
 from epcomm.arrays import ArraySpec, ArrayView
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.turn import CudaTurn, output_spec
+from epcomm.errors import CapacityError
 from epcomm.kernels import dispatch as kernel
 from epcomm.kernels.layout import NO_BLOCK, THROUGH_WINDOW, UNIT, MetadataLayout, scales_offset
 from epcomm.memory import Block, BlockPool
 
-__all__ = ["Outputs", "Sizes"]
+__all__ = ["Outputs", "Sizes", "no_room"]
 
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
@@ -66,20 +67,27 @@ class Outputs:
         has_metadata: false in a cached dispatch.
 
     Attributes:
+        has_metadata: as above.
         num_rows: rows that there are.
         is_windowed: the blocks are outside of the arena.
         offsets: of the two blocks, as a rank enters with them.
     """
 
     def __init__(self, turn: CudaTurn, sizes: Sizes, num_rows: int, has_metadata: bool) -> None:
-        self._turn, self._sizes, self._has_metadata = turn, sizes, has_metadata
+        self._turn, self._sizes, self.has_metadata = turn, sizes, has_metadata
         self.resize(num_rows)
 
     @classmethod
     def of(cls, job: Job, turn: CudaTurn, sizes: Sizes, num_rows: int, has_metadata: bool) -> Self:
-        """In the arena if it has room, else outside of it."""
+        """In the arena if it has room, else outside of it.
+
+        Raises:
+            CapacityError: on several nodes, where there is no way outside.
+        """
         outputs = cls(turn, sizes, num_rows, has_metadata)
         if not outputs._are_in_arena(job):
+            if job.rings is not None:
+                raise no_room(job, "dispatch", "outputs", num_rows * sizes.row_bytes)
             outputs._allocate(job.outputs, high=False)
             outputs.is_windowed, outputs.offsets = True, (THROUGH_WINDOW, THROUGH_WINDOW)
         return outputs
@@ -95,7 +103,7 @@ class Outputs:
         sizes = self._sizes
         self.num_rows = num_rows
         self._scales = scales_offset(num_rows, sizes.row_bytes)
-        if self._has_metadata:
+        if self.has_metadata:
             self._beside = MetadataLayout(num_rows, sizes.num_topk, sizes.index_bytes, sizes.has_weights)
 
     def _are_in_arena(self, job: Job) -> bool:
@@ -113,7 +121,7 @@ class Outputs:
         rows, metadata = pool.allocate(num_bytes, stream, is_captured=is_captured), None
         if rows is None:
             return False
-        if self._has_metadata:
+        if self.has_metadata:
             metadata = pool.allocate(self._beside.num_bytes, stream, high=high, is_captured=is_captured)
             if metadata is None:
                 return False
@@ -159,3 +167,13 @@ class Outputs:
 
     def _over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
         return ArrayView(output_spec(shape, dtype, self._turn.place), block.ptr + offset, block)
+
+
+def no_room(job: Job, operation: str, what: str, num_bytes: int) -> CapacityError:
+    """The arena is too small; on one node there is another way."""
+    return CapacityError(
+        operation,
+        got=f"no room in the arena of {job.arena_bytes} bytes for {what}, {num_bytes} bytes and more",
+        wanted="outputs in the arena, on several nodes",
+        do="raise num_nvl_bytes, or hold fewer outputs",
+    )

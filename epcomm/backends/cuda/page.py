@@ -130,6 +130,12 @@ class HostPage:
         return self._words[_EXPERT : _EXPERT + num_local_experts].tolist()
 
     @property
+    def rows_to_nodes(self) -> tuple[int, int]:
+        """Rows of this rank's tokens that dispatches have sent to other nodes, and that combines have brought back."""
+        sent, returned = self._record["rows_to_nodes"].tolist()
+        return sent, returned
+
+    @property
     def dropped(self) -> int:
         """Rows dropped on this rank since construction."""
         return int(self._words[_DROPPED])

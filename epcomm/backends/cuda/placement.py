@@ -68,15 +68,15 @@ def default_num_sms(sms: int, ranks_on_gpu: int) -> int:
 
 def check_topology(comm: Communicator, topology: Topology) -> None:
     """Raise UnsupportedOption for a job that this backend is not for."""
-    if topology.num_nodes > 1 or len(topology.same_host_ranks) != comm.size:
+    if len(topology.same_host_ranks) != comm.size:
         raise UnsupportedOption(
             "backend='cuda'",
-            got=f"{comm.size} ranks on {topology.num_nodes} nodes",
-            wanted="ranks of one node",
-            do="pass backend='host', or one node's communicator",
+            got=f"{comm.size} ranks on {len(set(topology.hosts))} hosts",
+            wanted="ranks of one host",
+            do="pass backend='host', or one host's communicator",
         )
     if comm.size > MAX_RANKS:
-        raise UnsupportedOption("backend='cuda'", got=f"{comm.size} ranks on a node", wanted=f"at most {MAX_RANKS}")
+        raise UnsupportedOption("backend='cuda'", got=f"{comm.size} ranks", wanted=f"at most {MAX_RANKS}")
 
 
 @dataclass(frozen=True)

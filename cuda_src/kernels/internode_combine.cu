@@ -1,0 +1,49 @@
+// internode_combine.cu: as combine.cu, over several nodes: the rows of each node are summed and rounded there, and one row
+// for a token comes from each of them; then the nodes are added in ascending order.
+//
+// Grid: num_sms blocks, all resident. The rank of a token knows where all of its rows are, and asks: a message of a few
+// bytes to the rank of its rail at each other node says which rows to sum, and that there is room for the answer. So nobody
+// keeps anything of the dispatch but the ranks of the tokens, and answers are never held up. Half of the warps gather, the
+// others answer. Nobody leaves before all ranks are done: that protects `x`.
+//
+// Regions: reads blocks of the ranks of the own node, writes rings of the ranks on the rail. Words: combine_entry,
+// combine_done, and those of the rings; see sync/ring.cuh.
+#include "kernels/internode_combine_answer.cuh"
+#include "kernels/internode_combine_gather.cuh"
+
+namespace epcomm {
+
+// All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
+__device__ inline bool run(const InternodeCombineArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
+    if (!enter(args, call, shared)) return false;
+    const int warp = warp_index(), num_gathering = warps_per_block() / 2;
+    const int most_pieces = args.nodes.ranks_per_node + args.nodes.num_nodes - 1;
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * 2 * kStages;
+    uint32_t* masks = reinterpret_cast<uint32_t*>(barriers + kStages);
+    const uint64_t stage_bytes = PullPipe<kStages>::stage_bytes(args.piece_bytes, most_pieces);
+    uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
+                      static_cast<uint64_t>(warp) * kStages * stage_bytes;
+    PullPipe<kStages> pipe(stages, barriers, masks, args.piece_bytes, most_pieces);
+    const bool good = warp < num_gathering
+                          ? gather(args, call, shared, pipe, {warp, num_gathering})
+                          : answer(args, call, shared, pipe, {warp - num_gathering, warps_per_block() - num_gathering});
+    return __syncthreads_and(good);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    epcomm_internode_combine(const __grid_constant__ InternodeCombineArgs args) {
+    extern __shared__ __align__(128) uint8_t dynamic[];
+    __shared__ Shared shared;
+    const Comm& comm = args.comm;
+    Call call;
+    if (!begin(comm, kCombine, call)) return;
+    const bool good = run(args, call, shared, dynamic);
+    if (is_last_block(comm, call)) {
+        if (good && warp_index() == 0)
+            meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.combine_done; });
+        if (threadIdx.x == 0) comm.page()->rows_to_nodes[1] = comm.state().rows_to_nodes[1];
+        end(comm, call);
+    }
+}
+
+}  // namespace epcomm

@@ -1,0 +1,110 @@
+// internode_combine.cuh: what the roles of internode_combine.cu share: arguments, places, sums.
+#pragma once
+
+#include "common/numerics.cuh"
+#include "kernels/internode.cuh"
+#include "sync/pull.cuh"
+
+#ifndef KERNEL_STAGES
+#define KERNEL_STAGES 2
+#endif
+#ifndef KERNEL_ELEMENT
+#define KERNEL_ELEMENT __nv_bfloat16
+#endif
+
+namespace epcomm {
+
+inline constexpr int kStages = KERNEL_STAGES;
+using Sum = VectorSum<KERNEL_ELEMENT>;
+
+struct InternodeCombineArgs {
+    Comm comm;
+    Nodes nodes;
+    Ring asked;      // a row of a message: int32 [ranks_per_node], where a token's rows are, or -1
+    Ring answered;   // a row of a message: the sum of these rows, and that of their weights
+    EntryArgs entry;  // its metadata: the weights
+    uint64_t x;                // this rank's rows, [num_rows, row_bytes]
+    uint64_t x_weights;        // float32 [num_rows, num_topk], or 0
+    uint64_t send_pos;         // int32 [num_tokens, num_ranks]
+    uint64_t rank_prefix;      // int32 [num_ranks, num_ranks]
+    uint64_t bias[2];          // [num_tokens, row_bytes], or 0
+    uint64_t out;              // [num_tokens, row_bytes]
+    uint64_t out_weights;      // float32 [num_tokens, num_topk]
+    uint32_t row_bytes, piece_bytes;
+    uint32_t answer_weights;   // offset in a row of an answer
+    int32_t num_topk, num_worst_tokens;
+    uint32_t unused;
+};
+static_assert(sizeof(InternodeCombineArgs) == 288 + 16 + 2 * 32 + 64 + 8 * 8 + 6 * 4,
+              "InternodeCombineArgs differs from epcomm/kernels/internode_combine.py");
+
+// Where the rows of a rank of the own node are.
+struct Places {
+    uint64_t rows, weights;  // addresses of row 0
+    bool is_windowed;        // never: enter() asks
+};
+
+struct Shared {
+    Entry entries[kMaxRanks];
+    Places places[kMaxRanks];
+    uint32_t windowed;
+    Extents extents;
+};
+
+// One thread per rank. False: the offsets point out of the region.
+__device__ inline bool find_places(const InternodeCombineArgs& args, Shared& shared, int r) {
+    const Comm& comm = args.comm;
+    shared.extents.find(args, r);
+    Places& places = shared.places[r];
+    places.is_windowed = false;
+    if (r == comm.rank) {
+        places.rows = args.x;
+        places.weights = args.x_weights;
+        return true;
+    }
+    if (args.nodes.node_of(r) != args.nodes.node_of(comm.rank)) return true;
+    // Of what the rank has received, which is no more than there is room for.
+    const int32_t* received = pointer<const int32_t>(args.rank_prefix) + (comm.num_ranks - 1) * comm.num_ranks;
+    const uint64_t num_rows = min(received[r], shared.extents.num_rows[r]);
+    const uint64_t rows = shared.entries[r].rows * kUnit, weights = shared.entries[r].metadata * kUnit;
+    places.rows = comm.region[r] + rows;
+    places.weights = comm.region[r] + weights;
+    return rows + num_rows * args.row_bytes <= comm.region_bytes &&
+           (args.num_topk == 0 || weights + num_rows * args.num_topk * 4 <= comm.region_bytes);
+}
+
+// All lanes: float32 [num_topk] from each address that is not 0, summed in the order of the lanes; lane k has element k.
+__device__ inline float sum_floats(uint64_t address, int count) {
+    constexpr int kBatch = 8;
+    const int lane = lane_index();
+    float sum = 0.0f;
+    uint32_t rest = __ballot_sync(~0u, address != 0);
+    while (rest != 0) {
+        float values[kBatch];
+        int num_values = 0;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (rest == 0) continue;
+            const uint64_t from = __shfl_sync(~0u, address, __ffs(rest) - 1);
+            rest &= rest - 1;
+            num_values = i + 1;
+            values[i] = lane < count ? pointer<const volatile float>(from)[lane] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+            if (i < num_values) sum = accumulate(sum, values[i]);
+    }
+    return sum;
+}
+
+// Lane k: where the row of local rank k is, and its weights; 0 if `row` is negative.
+__device__ inline uint64_t local_row_at(const InternodeCombineArgs& args, const Shared& shared, int lane, int row) {
+    if (row < 0) return 0;
+    return shared.places[first_local(args) + lane].rows + static_cast<uint64_t>(row) * args.row_bytes;
+}
+__device__ inline uint64_t local_weights_at(const InternodeCombineArgs& args, const Shared& shared, int lane, int row) {
+    if (row < 0) return 0;
+    return shared.places[first_local(args) + lane].weights + static_cast<uint64_t>(row) * args.num_topk * sizeof(float);
+}
+
+}  // namespace epcomm

@@ -1,0 +1,55 @@
+// internode_combine_answer.cuh: the forwarding half of an internode combine: for a token of another node, sum the rows of
+// the own node's ranks in ascending order, round once, and write the sum to the ring of the token's rank.
+#pragma once
+
+#include "kernels/internode_combine.cuh"
+
+namespace epcomm {
+
+// One warp: the question of `unit` from the rank of `node`, of `num_tokens` tokens.
+__device__ inline void answer_unit(const InternodeCombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe,
+                                   int node, uint32_t unit, int num_tokens) {
+    const Comm& comm = args.comm;
+    const Nodes& nodes = args.nodes;
+    const int lane = lane_index(), num_local = nodes.ranks_per_node, own = nodes.node_of(comm.rank);
+    const uint64_t question = args.asked.head(comm, nodes, comm.rank, node, unit);
+    const uint64_t answer = args.answered.head(comm, nodes, nodes.on_rail(comm.rank, node), own, unit);
+    auto row_of = [&](int i) {
+        if (lane >= num_local) return -1;
+        const int row = pointer<const volatile int32_t>(question + i * args.asked.row_bytes)[lane];
+        // A peer's memory may hold anything; this rank looks for no rows outside of what there is.
+        return row < shared.extents.num_rows[first_local(args) + lane] ? row : -1;
+    };
+    auto address = [&](int i) { return local_row_at(args, shared, lane, row_of(i)); };
+    pull_rows(pipe, args.row_bytes, args.piece_bytes, num_tokens, address, [&](int i, uint32_t piece, uint32_t mask) {
+        if (mask == 0) return;  // the node has no row of this token
+        const uint64_t to = answer + static_cast<uint64_t>(i) * args.answered.row_bytes;
+        const uint32_t begin = piece * args.piece_bytes, num_bytes = min(args.piece_bytes, args.row_bytes - begin);
+        const int count = __popc(mask);
+        for (uint32_t at = lane * sizeof(Vector); at < num_bytes; at += kWarp * sizeof(Vector)) {
+            Sum sum;
+#pragma unroll 4
+            for (int k = 0; k < count; ++k) sum.add(pipe.get(k, at));
+            *pointer<Vector>(to + begin + at) = sum.rounded();
+        }
+        if (piece != 0 || args.num_topk == 0) return;
+        const float weight = sum_floats(local_weights_at(args, shared, lane, row_of(i)), args.num_topk);
+        if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;
+    });
+}
+
+__device__ inline bool answer(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
+                              PullPipe<kStages>& pipe, const Share& share) {
+    const Comm& comm = args.comm;
+    const Nodes& nodes = args.nodes;
+    return for_each_message(args, shared.entries, args.asked, share, [&](int node, uint32_t unit) {
+        const int num_tokens = await_message(comm, call, nodes, args.asked, kAsked, node, unit);
+        if (num_tokens < 0) return false;
+        answer_unit(args, shared, pipe, node, unit, num_tokens);
+        // Who asks has room for the answer, so that none is ever waited for.
+        note_sent(comm, call, nodes, args.answered, kAnswered, lane_index() == 0 ? node : -1, unit, num_tokens);
+        return true;
+    });
+}
+
+}  // namespace epcomm

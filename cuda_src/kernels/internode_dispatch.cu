@@ -1,0 +1,61 @@
+// internode_dispatch.cu: as dispatch.cu, over several nodes: a row crosses once to each other node, to the rank with the
+// local index of its source, and is handed out there.
+//
+// Grid: num_sms blocks, all resident. Each has warps of four roles, which wait for other ranks only: they send rows, and
+// what is beside them, to the own node's outputs and to the rings of other nodes; and they forward what is in this rank's
+// rings to the own node's outputs. Ring and words: sync/ring.cuh.
+//
+// Regions: writes outputs of the ranks of the own node, rings of the ranks on the rail; reads the own rings. Words:
+// dispatch_entry, dispatch_done, and those of the rings.
+#include "kernels/internode_dispatch_beside.cuh"
+#include "kernels/internode_dispatch_rows.cuh"
+
+#ifndef KERNEL_STAGES
+#define KERNEL_STAGES 2
+#endif
+
+namespace epcomm {
+
+inline constexpr int kStages = KERNEL_STAGES;
+
+// All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
+__device__ inline bool run(const InternodeDispatchArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
+    if (!enter(args, call, shared)) return false;
+    if (args.num_worst_tokens > 0) note_worst_case(args);
+    const int num_rows = (warps_per_block() - 2 * kBesideWarps) / 2, warp = warp_index();
+    bool good = true;
+    if (warp < 2 * num_rows) {  // as epcomm/kernels/internode_dispatch.py counts them
+        uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * kStages;
+        uint8_t* stages = dynamic + round_up(2 * num_rows * kStages * sizeof(uint64_t), kUnit) +
+                          static_cast<uint64_t>(warp) * kStages * args.stage_bytes;
+        RowPipe<kStages> pipe(stages, barriers, args.stage_bytes);
+        good = warp < num_rows ? send_rows(args, call, shared, pipe, {warp, num_rows})
+                               : forward_rows(args, call, shared, pipe, {warp - num_rows, num_rows});
+    } else if (args.has_beside()) {
+        const int beside = warp - 2 * num_rows;
+        good = beside < kBesideWarps ? send_beside(args, call, shared, {beside, kBesideWarps})
+                                     : forward_beside(args, call, shared, {beside - kBesideWarps, kBesideWarps});
+    }
+    return __syncthreads_and(good);
+}
+
+extern "C" __global__ void __launch_bounds__(768, 1)
+    epcomm_internode_dispatch(const __grid_constant__ InternodeDispatchArgs args) {
+    extern __shared__ __align__(128) uint8_t dynamic[];
+    __shared__ Shared shared;
+    const Comm& comm = args.comm;
+    Call call;
+    if (!begin(comm, kDispatch, call)) return;
+    // As in dispatch.cu: if the exchange before found that nothing moves, this is no call.
+    const bool is_void = !args.is_forced && *const_cast<volatile uint32_t*>(&comm.state().verdict) != kMove;
+    const bool good = !is_void && run(args, call, shared, dynamic);
+    if (!good && args.num_worst_tokens > 0) pad_topk_idx(args, 0);
+    if (is_last_block(comm, call)) {
+        if (good && warp_index() == 0)
+            meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.dispatch_done; });
+        if (threadIdx.x == 0) comm.page()->rows_to_nodes[0] = comm.state().rows_to_nodes[0];
+        end(comm, call, !is_void);
+    }
+}
+
+}  // namespace epcomm

@@ -1,0 +1,147 @@
+// ring.cuh: messages from rank to rank in rings of groups, between warps that wait for nothing but each other.
+//
+// A message is what one warp has of one unit of tokens for one receiver. Unit u goes through group u % num_groups of the
+// ring that the receiver has for this sender. A word for each group says that a message is there, {sequence << 32 |
+// (unit + 1) << 6 | rows}, and a word at the sender that it was taken, {sequence << 32 | unit + 1}. Both ends go through
+// the units in ascending order, whoever of their warps is in charge of one, so that the lowest unit that is not taken can
+// always be sent, and taken: nobody waits in a circle, with any number of groups. Each word has one writer at a time.
+//
+// The area of a rank: words [kNumWords][num_nodes][kMaxGroups], then the groups, cut anew for each call. Between calls all
+// ranks meet, and every message of a call is taken before.
+#pragma once
+
+#include "sync/call.cuh"
+
+namespace epcomm {
+
+inline constexpr uint32_t kMaxGroups = 512;
+inline constexpr uint32_t kMaxUnit = 32;  // tokens; as many rows are in a message at most
+
+// The words of a group, by what they tell.
+enum RingWord : int {
+    kRowsSent = 0,
+    kRowsTaken = 1,
+    kBesideSent = 2,
+    kBesideTaken = 3,
+    kAsked = 4,
+    kAnswered = 5,
+    kNumRingWords = 6
+};
+
+// How ranks form nodes, and where every rank's area is in its region. Rank (n, l) is local rank l of node n; the ranks with
+// one l are a rail. Twin: epcomm/kernels/rings.py.
+struct Nodes {
+    uint64_t area;  // offset
+    int32_t ranks_per_node, num_nodes;
+
+    __device__ int node_of(int rank) const { return rank / ranks_per_node; }
+    __device__ int first_of(int node) const { return node * ranks_per_node; }
+    __device__ int local_of(int rank) const { return rank % ranks_per_node; }
+    // The rank of `node` on the rail of `rank`.
+    __device__ int on_rail(int rank, int node) const { return first_of(node) + local_of(rank); }
+    // All of a node, a bit each.
+    __device__ uint32_t ranks_of(int node) const {
+        return (ranks_per_node == kWarp ? ~0u : (1u << ranks_per_node) - 1) << first_of(node);
+    }
+    // At `rank`: a word for the rank of `node` on its rail.
+    __device__ uint64_t* word(const Comm& comm, int rank, RingWord what, int node, uint32_t group) const {
+        const uint64_t index = (static_cast<uint64_t>(what) * num_nodes + node) * kMaxGroups + group;
+        return pointer<uint64_t>(comm.region[rank] + area) + index;
+    }
+};
+static_assert(sizeof(Nodes) == 16);
+
+// A ring for each node of the rail. A group is a head, what is said of all its rows, and then the rows.
+struct Ring {
+    uint64_t offset;  // from the area's begin
+    uint32_t num_groups, group_bytes, head_bytes, row_bytes;
+    uint32_t unit_tokens, unused;
+
+    // At `rank`: the group of a unit in the ring for the rank of `node` on its rail.
+    __device__ uint64_t head(const Comm& comm, const Nodes& nodes, int rank, int node, uint32_t unit) const {
+        const uint64_t group = static_cast<uint64_t>(node) * num_groups + unit % num_groups;
+        return comm.region[rank] + nodes.area + offset + group * group_bytes;
+    }
+    __device__ uint32_t num_units(uint32_t num_tokens) const { return (num_tokens + unit_tokens - 1) / unit_tokens; }
+};
+static_assert(sizeof(Ring) == 32);
+
+__device__ inline uint64_t sent_word(const Call& call, uint32_t unit, uint32_t num_rows) {
+    return tagged(call.sequence, (unit + 1) << 6 | num_rows);
+}
+
+// Whether the group of `unit` is free by what was taken from it last.
+__device__ inline bool is_free(const Call& call, uint64_t taken, const Ring& ring, uint32_t unit) {
+    return unit < ring.num_groups ||
+           (taken >> 32 == call.sequence && static_cast<uint32_t>(taken) >= unit + 1 - ring.num_groups);
+}
+
+// One warp; a lane with a `node` of the rail other than the own one (else -1) waits until the group of `unit` there is
+// free.
+__device__ inline bool await_group(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
+                                   RingWord taken, int node, uint32_t unit) {
+    if (unit >= ring.num_groups) {
+        auto awaited = [&] {
+            if (node < 0) return 0u;
+            // ACQUIRE taken. Pairs with the release of note_taken, there.
+            const uint64_t word =
+                ptx::ld_acquire_sys(nodes.word(comm, comm.rank, taken, node, unit % ring.num_groups));
+            return is_free(call, word, ring, unit) ? 0u : 1u << nodes.on_rail(comm.rank, node);
+        };
+        if (!wait_in_lanes(comm, call, kPhaseAck, awaited)) return false;
+        __syncwarp();  // what a lane has acquired is there for all
+    }
+#if __CUDA_ARCH__ >= 900
+    ptx::fence_proxy_async_global();  // before bulk copies to the group
+#endif
+    return true;
+}
+
+// One warp, when its stores to the groups of `unit` are complete; a lane with a `node` says that `num_rows` are there.
+__device__ inline void note_sent(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
+                                 RingWord sent, int node, uint32_t unit, uint32_t num_rows) {
+    __syncwarp();
+    ptx::fence_acq_rel_sys();
+    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE of
+    // await_message, there.
+    if (node >= 0)
+        ptx::st_relaxed_sys(nodes.word(comm, nodes.on_rail(comm.rank, node), sent, nodes.node_of(comm.rank),
+                                       unit % ring.num_groups),
+                            sent_word(call, unit, num_rows));
+}
+
+// One warp waits for the message of `unit` from the rank of `node` on its rail; -1: the call has failed. Else its rows.
+__device__ inline int await_message(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
+                                    RingWord sent, int node, uint32_t unit) {
+    const uint64_t* address = nodes.word(comm, comm.rank, sent, node, unit % ring.num_groups);
+    const int source = nodes.on_rail(comm.rank, node);
+    uint64_t word = 0;
+    auto awaited = [&] {
+        if (lane_index() != 0) return 0u;
+        // ACQUIRE the message. Pairs with the release of note_sent, there.
+        word = ptx::ld_acquire_sys(address);
+        const bool is_there = word >> 32 == call.sequence && static_cast<uint32_t>(word) >> 6 == unit + 1;
+        return is_there ? 0u : 1u << source;
+    };
+    if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return -1;
+    const uint32_t num_rows = __shfl_sync(~0u, static_cast<uint32_t>(word), 0) & (2 * kMaxUnit - 1);
+    __syncwarp();  // what lane 0 has acquired is there for all
+#if __CUDA_ARCH__ >= 900
+    ptx::fence_proxy_async_global();  // before bulk copies from the group
+#endif
+    // A peer's memory may hold anything; this rank looks at no more rows than a group has.
+    return min(num_rows, ring.unit_tokens);
+}
+
+// One warp, after its last look at a message, with no bulk copy of it under way.
+__device__ inline void note_taken(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
+                                  RingWord taken, int node, uint32_t unit) {
+    __syncwarp();
+    if (lane_index() != 0) return;
+    // RELEASE the group. Pairs with the ACQUIRE of await_group, there.
+    ptx::st_release_sys(nodes.word(comm, nodes.on_rail(comm.rank, node), taken, nodes.node_of(comm.rank),
+                                   unit % ring.num_groups),
+                        tagged(call.sequence, unit + 1));
+}
+
+}  // namespace epcomm

@@ -1,0 +1,75 @@
+"""``cuda_src/kernels/internode_dispatch.cu``: rows to their final places on several nodes, in two hops."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import NamedTuple
+
+from epcomm.jit import Program
+from epcomm.kernels.dispatch import BESIDE_WARPS
+from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT, round_up
+from epcomm.kernels.rings import MAX_UNIT, NODES, RING, Message
+from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
+
+__all__ = ["ENTRY", "FIELDS", "PROGRAM", "WANTED_GROUPS", "Beside", "Shape", "beside", "rows", "shape"]
+
+STAGES = 2
+PROGRAM = Program("kernels/internode_dispatch.cu", (("KERNEL_STAGES", str(STAGES)),))
+ENTRY = "epcomm_internode_dispatch"
+_MAX_ROW_WARPS = 16  # half of them send, half of them forward
+_BYTES_UNDER_WAY = 7_340_032
+_UNIT_BYTES = 32 << 10  # of rows of a message: less is bound by latency, more comes late
+_BESIDE_TOKENS = 8
+WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
+
+# area, ranks_per_node, num_nodes; rows: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused;
+# beside: likewise; entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
+# x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
+# node_counts; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
+# num_worst_tokens, is_forced, has_weights
+FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I8i")
+
+
+class Shape(NamedTuple):
+    """Launch shape for rows of one size."""
+
+    pieces: Pieces
+    threads: int
+    shared_bytes: int
+
+
+class Beside(NamedTuple):
+    """What travels beside rows: offsets of the positions, scales, indices, weights and source in a row of it."""
+
+    fields: tuple[int, int, int, int, int]
+    message: Message
+
+
+@functools.lru_cache(maxsize=256)
+def shape(row_bytes: int, memory: int, blocks_on_gpu: int) -> Shape:
+    """As `epcomm.kernels.dispatch.shape`, with as many warps that forward as there are that send."""
+    pieces = cut(row_bytes)
+    stage_bytes = STAGES * pieces.piece_bytes if memory else 0
+    warps = _MAX_ROW_WARPS
+    if memory:
+        wanted = round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
+        warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_ROW_WARPS, wanted))) // 2 * 2
+    return Shape(pieces, 32 * (warps + 2 * BESIDE_WARPS), pipe_bytes(warps, STAGES, stage_bytes))
+
+
+@functools.lru_cache(maxsize=256)
+def rows(row_bytes: int, ranks_per_node: int) -> Message:
+    """A message of rows, with an index for each of them and each local rank."""
+    tokens = max(1, min(MAX_UNIT, _UNIT_BYTES // row_bytes))
+    return Message(tokens, round_up(4 * tokens * ranks_per_node, UNIT), round_up(row_bytes, UNIT))
+
+
+@functools.lru_cache(maxsize=256)
+def beside(ranks_per_node: int, scales_bytes: int, topk_bytes: int, weights_bytes: int) -> Beside:
+    """A message of what is beside rows; the arguments are bytes of one row's fields, 0 for those that do not travel."""
+    offsets, offset = [], 0
+    for num_bytes in (4 * ranks_per_node, scales_bytes, topk_bytes, weights_bytes, 4):
+        offsets.append(offset)
+        offset += round_up(num_bytes, 8)
+    return Beside(tuple(offsets), Message(_BESIDE_TOKENS, 0, round_up(offset, 16)))  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+"""Rings between the ranks of several nodes: how a rank's area is cut. Twin of ``cuda_src/sync/ring.cuh``."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from epcomm.errors import CapacityError
+from epcomm.kernels.layout import UNIT, round_up
+
+__all__ = ["MAX_GROUPS", "MAX_UNIT", "NODES", "RING", "Message", "Ring", "Rings", "words_bytes"]
+
+MAX_GROUPS = 512
+MAX_UNIT = 32  # tokens
+_NUM_WORDS = 6
+_LEAST_BYTES = 16 << 10  # a node: a group of the smallest rows
+
+NODES = struct.Struct("<Q2i")  # area, ranks_per_node, num_nodes
+RING = struct.Struct("<Q6I")  # offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused
+
+
+class Message(NamedTuple):
+    """What travels of a unit of tokens: a head for all, then a row of each, at multiples of `row_bytes`."""
+
+    unit_tokens: int
+    head_bytes: int
+    row_bytes: int
+
+    @property
+    def group_bytes(self) -> int:
+        return round_up(self.head_bytes + self.unit_tokens * self.row_bytes, UNIT)
+
+
+class Ring(NamedTuple):
+    """Fields of the struct."""
+
+    offset: int
+    num_groups: int
+    group_bytes: int
+    head_bytes: int
+    row_bytes: int
+    unit_tokens: int
+    unused: int = 0
+
+
+def words_bytes(num_nodes: int) -> int:
+    """Bytes of the words at the begin of an area."""
+    return _NUM_WORDS * num_nodes * MAX_GROUPS * 8
+
+
+class Rings:
+    """The area of a rank for what comes from other nodes, `num_bytes` at `offset` of its region.
+
+    Attributes:
+        nodes: fields of the struct ``Nodes``.
+
+    Raises:
+        CapacityError: there is not even room for the smallest rows.
+    """
+
+    def __init__(self, offset: int, num_bytes: int, ranks_per_node: int, num_nodes: int) -> None:
+        self.nodes = (offset, ranks_per_node, num_nodes)
+        self._words = round_up(words_bytes(num_nodes), UNIT)
+        self._num_bytes, self._num_nodes = num_bytes, num_nodes
+        least = self._words + num_nodes * _LEAST_BYTES
+        if num_bytes < least:
+            raise self._too_small(least, "of the smallest rows")
+
+    def _too_small(self, least: int, what: str) -> CapacityError:
+        return CapacityError(
+            "num_rdma_bytes",
+            got=self._num_bytes,
+            wanted=f"at least {least} bytes for rings {what} between {self._num_nodes} nodes",
+            do="raise it; Config.get_rdma_buffer_size_hint has a good value",
+        )
+
+    def least_bytes(self, *messages: Message) -> int:
+        """What the area takes with a single group for each message and node."""
+        return self._words + self._num_nodes * sum(message.group_bytes for message in messages)
+
+    def cut(self, messages: tuple[Message, ...], wanted: tuple[int, ...]) -> tuple[Ring, ...]:
+        """A ring for each message, behind one another.
+
+        Args:
+            messages: what travels at the same time.
+            wanted: groups that each would have if there were room, at most `MAX_GROUPS`.
+
+        Raises:
+            CapacityError: there is not room for one group of each.
+        """
+        least = self.least_bytes(*messages)
+        if self._num_bytes < least:
+            raise self._too_small(least, "of such rows")
+        # One group of each, and of what is left the same part of all that is wanted.
+        more = self._num_nodes * sum(m.group_bytes * (most - 1) for m, most in zip(messages, wanted, strict=True))
+        room = self._num_bytes - least
+        rings, offset = [], self._words
+        for message, most in zip(messages, wanted, strict=True):
+            num_groups = most if more <= room else 1 + (most - 1) * room // more
+            rings.append(
+                Ring(
+                    offset, num_groups, message.group_bytes, message.head_bytes, message.row_bytes, message.unit_tokens
+                )
+            )
+            offset += self._num_nodes * num_groups * message.group_bytes
+        return tuple(rings)

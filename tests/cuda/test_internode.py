@@ -1,0 +1,261 @@
+"""High-throughput dispatch and combine over virtual nodes on GPUs: two hops, bitwise equal to the two-level oracle."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from helpers import checks, internode
+from helpers.calls import TIMEOUT_S, error_of
+from helpers.cases import CASES, PLACING_CASES, Case, row_major_scales
+from helpers.frames import CUPY, assign, down
+from helpers.gpu import busy, need_gpu
+
+from epcomm import Buffer
+from epcomm.errors import CapacityError
+from epcomm.kernels.rings import words_bytes
+from epcomm.testing import assert_bitwise
+
+cupy = need_gpu()
+pytestmark = pytest.mark.gpu
+
+BY_NAME = {case.name: case for case in CASES}
+UNIFORM = BY_NAME["uniform"]
+NETWORK_BYTES = 24 << 20
+# Many more units than groups, of several sizes, and not the same number on all ranks.
+MANY_TOKENS = Case("many tokens", tokens=(700, 13, 901, 0, 350), hidden=64, num_topk=6, scales=row_major_scales)
+
+
+def make_buffer(comm=None, ranks_per_node=1, num_rdma_bytes=NETWORK_BYTES, num_nvl_bytes=64 << 20) -> Buffer:
+    return Buffer(
+        comm, num_nvl_bytes, num_rdma_bytes, backend="cuda", ranks_per_node=ranks_per_node, timeout_s=TIMEOUT_S
+    )
+
+
+@pytest.fixture(scope="module")
+def buffer_of():
+    """One Buffer for each size of nodes, for all cases of a job: each finds what those before it have left behind."""
+    buffers: dict[tuple[int, int], Buffer] = {}
+
+    def get(ranks_per_node: int, num_rdma_bytes: int = NETWORK_BYTES) -> Buffer:
+        key = (ranks_per_node, num_rdma_bytes)
+        if key not in buffers:
+            buffers[key] = make_buffer(None, *key)
+        return buffers[key]
+
+    yield get
+    for buffer in buffers.values():
+        buffer.destroy()
+
+
+all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+placing_cases = pytest.mark.parametrize("case", PLACING_CASES, ids=lambda case: case.name)
+
+
+@pytest.mark.ranks(4)
+@all_cases
+def test_case(buffer_of, case):
+    buffer = buffer_of(2)
+    assert (buffer.topology.num_nodes, buffer.topology.ranks_per_node) == (2, 2)
+    checks.round_trip(buffer, case.inputs(4))
+
+
+@pytest.mark.ranks(4)
+@placing_cases
+def test_case_with_one_rank_a_node(buffer_of, case):
+    checks.round_trip(buffer_of(1), case.inputs(4))
+
+
+@pytest.mark.ranks(8)
+@placing_cases
+def test_case_on_eight_ranks(buffer_of, case):
+    """2x4, 4x2, 8x1, and on one level 1x8."""
+    for ranks_per_node in (4, 2, 1, 8):
+        checks.round_trip(buffer_of(ranks_per_node), case.inputs(8))
+
+
+@pytest.mark.ranks(6)
+@placing_cases
+def test_case_on_six_ranks(buffer_of, case):
+    """3x2 and 2x3."""
+    for ranks_per_node in (2, 3):
+        checks.round_trip(buffer_of(ranks_per_node), case.inputs(6))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks((2, 6, 8))
+@all_cases
+def test_case_on_other_nodes(buffer_of, num_ranks, case):
+    """2x1; 3x2, 2x3; 4x2, 2x4, 8x1."""
+    for ranks_per_node in {2: (1,), 6: (2, 3), 8: (2, 4, 1)}[num_ranks]:
+        checks.round_trip(buffer_of(ranks_per_node), case.inputs(num_ranks))
+
+
+# -- rings ------------------------------------------------------------------------------------------------------------
+
+
+def smallest(num_nodes: int) -> int:
+    """Bytes of rings with one group or little more."""
+    return words_bytes(num_nodes) + (num_nodes << 16)
+
+
+@pytest.mark.ranks((2, 4))
+@pytest.mark.parametrize("num_rdma_bytes", [NETWORK_BYTES, 0], ids=["spacious", "small"])
+def test_more_units_than_groups(buffer_of, num_ranks, num_rdma_bytes):
+    per_node = num_ranks // 2
+    buffer = buffer_of(per_node, num_rdma_bytes or smallest(2))
+    checks.round_trip(buffer, MANY_TOKENS.inputs(num_ranks))
+    checks.round_trip(buffer, UNIFORM.inputs(num_ranks))
+
+
+@pytest.mark.ranks(6)
+def test_a_small_ring_between_three_nodes(buffer_of, num_ranks):
+    checks.round_trip(buffer_of(2, smallest(3)), MANY_TOKENS.inputs(num_ranks))
+
+
+@pytest.mark.ranks((4, 8))
+def test_any_number_of_sms(comm, num_ranks, monkeypatch):
+    """Ranks may differ."""
+    monkeypatch.setattr(Buffer, "num_sms", Buffer.num_sms)
+    monkeypatch.setattr(Buffer, "_num_sms_chosen", False)
+    fitting = cupy.cuda.Device().attributes["MultiProcessorCount"] // num_ranks
+    for num_sms in (1, 16):
+        Buffer.set_num_sms(max(1, min(num_sms, fitting) - comm.rank % 3))
+        with make_buffer(comm, num_ranks // 2, smallest(2)) as buffer:
+            checks.round_trip(buffer, Case("tokens", tokens=(200, 3, 90), num_topk=6).inputs(num_ranks))
+            comm.barrier()
+
+
+@pytest.mark.ranks(8)
+def test_every_row_crosses_once_for_each_node(buffer_of, num_ranks):
+    for ranks_per_node in (4, 2):
+        for case in (UNIFORM, BY_NAME["topk_32"], BY_NAME["zipf_skew"]):
+            internode.every_row_crosses_once_for_each_node(buffer_of(ranks_per_node), case.inputs(num_ranks))
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(4)
+def test_explicit_names_of_the_operations(buffer_of, num_ranks):
+    internode.explicit_names_of_the_operations(buffer_of(2), UNIFORM.inputs(num_ranks))
+
+
+@pytest.mark.ranks(4)
+def test_two_levels_round_twice(comm):
+    internode.two_levels_round_twice(comm, make_buffer, UNIFORM.inputs(comm.size))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("worst", ["exact", "room", "overflow"])
+def test_worst_case_combine_after_cached(buffer_of, comm, worst):
+    inputs = Case("worst", worst=worst, num_topk=6, tokens=(30, 2, 17)).inputs(comm.size)
+    buffer = buffer_of(2)
+    internode.worst_case_combine_after_cached(buffer, inputs)
+    if inputs.is_overflowing(comm.rank):
+        with pytest.raises(CapacityError, match="num_worst_tokens"):
+            buffer.check()
+    assert (worst == "overflow") == any(inputs.is_overflowing(rank) for rank in range(comm.size))
+
+
+@pytest.mark.ranks((4, 6))
+def test_calls_of_changing_shape(buffer_of, num_ranks):
+    internode.calls_of_changing_shape([buffer_of(2), buffer_of(2, smallest(num_ranks // 2))], 20)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(8, timeout=900)
+def test_500_pairs_with_delays(buffer_of, comm, num_ranks):
+    draw = random.Random(comm.rank)
+    buffers = [buffer_of(4), buffer_of(2), buffer_of(4, smallest(2)), buffer_of(1)]
+    internode.calls_of_changing_shape(
+        buffers, 500, before=lambda: busy(draw.random() * 2) if draw.random() < 0.1 else None
+    )
+
+
+@pytest.mark.ranks(4)
+def test_20_runs_give_the_same_bits(buffer_of, num_ranks):
+    inputs = MANY_TOKENS.inputs(num_ranks)
+    for _ in range(20):
+        _, result = checks.dispatch(buffer_of(2), inputs)
+        checks.assert_dispatched(buffer_of(2), inputs, result)
+        checks.assert_combined(buffer_of(2), inputs, checks.combine(buffer_of(2), inputs, result))
+
+
+@pytest.mark.ranks(4)
+def test_a_rank_that_comes_late(buffer_of, comm):
+    inputs, buffer = MANY_TOKENS.inputs(comm.size), buffer_of(2)
+    for late in range(comm.size):
+        if comm.rank == late:
+            busy(20)
+        _, result = checks.dispatch(buffer, inputs)
+        if comm.rank == late:
+            busy(20)
+        combined = checks.combine(buffer, inputs, result)
+        checks.assert_dispatched(buffer, inputs, result)
+        checks.assert_combined(buffer, inputs, combined)
+
+
+@pytest.mark.ranks(4)
+def test_a_graph_with_other_rows_each_time(buffer_of, comm):
+    """Worst-case dispatch, cached dispatch and combine, captured once."""
+    inputs, buffer, rank = Case("worst", worst="room", num_topk=6).inputs(comm.size), buffer_of(2), comm.rank
+    x, topk_idx = CUPY.up(inputs.x[rank]), CUPY.up(inputs.topk_idx[rank])
+    weights = CUPY.up(inputs.topk_weights[rank])
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def run():
+        layout = buffer.get_dispatch_layout(topk_idx, inputs.num_experts)
+        first = buffer.dispatch(
+            x,
+            **layout.arguments(),
+            topk_idx=topk_idx,
+            topk_weights=weights,
+            num_worst_tokens=inputs.num_worst_tokens,
+        )
+        second = buffer.dispatch(x, handle=first.handle)
+        return first, second, buffer.combine(second.recv_x, first.handle)
+
+    with stream:
+        run()
+        stream.synchronize()
+        comm.barrier()
+        stream.begin_capture()
+        first, second, combined = run()
+        graph = stream.end_capture()
+        for seed in range(5):
+            again = inputs.with_rows(seed)
+            assign(x, CUPY.up(again.x[rank]))
+            graph.launch(stream)
+            stream.synchronize()
+            checks.assert_dispatched(buffer, again, first)
+            checks.assert_dispatched(buffer, again, second, is_cached=True)
+            want = again.dispatched[rank]
+            assert combined.combined_x.shape == x.shape
+            assert_bitwise(down(second.recv_x)[: want.num_recv_tokens], want.recv_x[: want.num_recv_tokens])
+    comm.barrier()
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks(2)
+def test_rings_need_some_room(comm):
+    with pytest.raises(CapacityError, match="num_rdma_bytes"):
+        make_buffer(comm, 1, 1000)
+    with make_buffer(comm, 1, words_bytes(2) + (2 << 14)) as buffer:
+        checks.round_trip(buffer, BY_NAME["tiny_rows"].inputs(comm.size))
+        with pytest.raises(CapacityError, match="num_rdma_bytes"):
+            checks.dispatch(buffer, BY_NAME["hidden_7168"].inputs(comm.size))
+        checks.round_trip(buffer, BY_NAME["tiny_rows"].inputs(comm.size))
+        comm.barrier()
+
+
+@pytest.mark.ranks(4)
+def test_outputs_without_room_in_the_arena(comm):
+    with make_buffer(comm, 2, num_nvl_bytes=4096) as buffer:
+        inputs = BY_NAME["hidden_7168"].inputs(comm.size)
+        error = error_of(lambda: checks.dispatch(buffer, inputs))
+        assert isinstance(error, CapacityError) and "num_nvl_bytes" in str(error)
+        checks.round_trip(buffer, Case("tiny", hidden=8, tokens=(2, 1), num_topk=2).inputs(comm.size))
+        comm.barrier()
