@@ -175,13 +175,13 @@ __device__ inline void pull_tokens(const CombineArgs& args, const Shared& shared
     auto load_next = [&] {
         if (load_token >= end) return;
         if (load_piece == 0) from = origin_of(args, shared, load_token, first).address;
-        pipe.load(from != 0 ? from + load_piece * args.piece_bytes : 0, bytes_of(load_piece));
+        pipe.load(from != 0 ? from + load_piece * args.piece_bytes : 0, args.piece_bytes, bytes_of(load_piece));
         if (++load_piece == num_pieces) load_piece = 0, load_token += step;
     };
     for (int i = 0; i < kAhead; ++i) load_next();
     while (token < end) {
         if (kStages > 1) load_next();
-        const int count = __popc(pipe.wait());
+        const int count = __popc(pipe.wait().lanes);
         const uint64_t offset = static_cast<uint64_t>(token) * args.row_bytes + piece * args.piece_bytes;
         sum_pieces(args, pipe, count, offset, bytes_of(piece));
         pipe.release();
@@ -333,13 +333,13 @@ __device__ inline bool run(const CombineArgs& args, const Call& call, Shared& sh
     const Role pullers = {0, num_pullers, 1};
     const Role feeders = {num_pullers, warps_per_block() - num_pullers, 2};
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp_index() * 2 * kStages;
-    uint32_t* masks = reinterpret_cast<uint32_t*>(barriers + kStages);
+    Pulled* pulled = reinterpret_cast<Pulled*>(barriers + kStages);
     const uint32_t stage_bytes = args.piece_bytes * comm.num_ranks;
     uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp_index()) * kStages * stage_bytes;
     bool good;
     if (pullers.has_this_warp()) {
-        PullPipe<kStages> pipe(stages, barriers, masks, args.piece_bytes, comm.num_ranks);
+        PullPipe<kStages> pipe(stages, barriers, pulled, stage_bytes);
         good = pull_role(args, call, shared, pipe, pullers);
     } else {
         RowPipe<kStages> pipe(stages, barriers, stage_bytes);

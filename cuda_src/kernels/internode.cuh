@@ -7,10 +7,6 @@
 
 namespace epcomm {
 
-template <typename Args> __device__ inline int first_local(const Args& args) {
-    return args.nodes.first_of(args.nodes.node_of(args.comm.rank));
-}
-
 // Where the rows of `source` begin among those that `rank` receives.
 template <typename Args> __device__ inline int first_row(const Args& args, int source, int rank) {
     return source > 0 ? pointer<const int32_t>(args.rank_prefix)[(source - 1) * args.comm.num_ranks + rank] : 0;
@@ -37,13 +33,13 @@ struct Destination {
 
     template <typename Args> __device__ explicit Destination(const Args& args) {
         const Nodes& nodes = args.nodes;
-        const int lane = lane_index(), other = lane - nodes.ranks_per_node, own = nodes.node_of(args.comm.rank);
+        const int lane = lane_index(), other = lane - nodes.ranks_per_node, own = nodes.own;
         local = other < 0 ? lane : -1;
         node = other < 0 || other >= nodes.num_nodes - 1 ? -1 : other < own ? other : other + 1;
     }
     // The lane that stands for `node`, which is another one.
     template <typename Args> __device__ static int lane_of(const Args& args, int node) {
-        return args.nodes.ranks_per_node + (node < args.nodes.node_of(args.comm.rank) ? node : node - 1);
+        return args.nodes.ranks_per_node + (node < args.nodes.own ? node : node - 1);
     }
 };
 
@@ -63,7 +59,7 @@ struct Wanted {
     }
     // The row at the local rank that a lane stands for, or -1.
     template <typename Args> __device__ int local_row(const Args& args, const Destination& to) const {
-        const int found = __shfl_sync(~0u, row, first_local(args) + max(to.local, 0));
+        const int found = __shfl_sync(~0u, row, args.nodes.first_local() + max(to.local, 0));
         return to.local >= 0 ? found : -1;
     }
     template <typename Args> __device__ bool has_node(const Args& args, int node) const {
@@ -84,9 +80,9 @@ template <typename Args, typename Take>
 __device__ inline bool for_each_message(const Args& args, const Entry (&entries)[kMaxRanks], const Ring& ring,
                                         const Share& share, Take take) {
     const Nodes& nodes = args.nodes;
-    const int own = nodes.node_of(args.comm.rank);
+    const int own = nodes.own;
     const uint32_t num_others = nodes.num_nodes - 1;
-    auto num_units = [&](int node) { return ring.num_units(entries[nodes.on_rail(args.comm.rank, node)].num_tokens); };
+    auto num_units = [&](int node) { return ring.num_units(entries[nodes.on_rail(node)].num_tokens); };
     uint32_t most = 0;
     for (int node = 0; node < nodes.num_nodes; ++node)
         if (node != own) most = max(most, num_units(node));

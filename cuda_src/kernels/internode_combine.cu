@@ -3,8 +3,8 @@
 //
 // Grid: num_sms blocks, all resident. The rank of a token knows where all of its rows are, and asks: a message of a few
 // bytes to the rank of its rail at each other node says which rows to sum, and that there is room for the answer. So nobody
-// keeps anything of the dispatch but the ranks of the tokens, and answers are never held up. Half of the warps gather, the
-// others answer. Nobody leaves before all ranks are done: that protects `x`.
+// keeps anything of the dispatch but the ranks of the tokens, and answers are never held up. Some warps gather, the others
+// answer. Nobody leaves before all ranks are done: that protects `x`.
 //
 // Regions: reads blocks of the ranks of the own node, writes rings of the ranks on the rail. Words: combine_entry,
 // combine_done, and those of the rings; see sync/ring.cuh.
@@ -16,14 +16,12 @@ namespace epcomm {
 // All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
 __device__ inline bool run(const InternodeCombineArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
     if (!enter(args, call, shared)) return false;
-    const int warp = warp_index(), num_gathering = warps_per_block() / 2;
-    const int most_pieces = args.nodes.ranks_per_node + args.nodes.num_nodes - 1;
+    const int warp = warp_index(), num_gathering = args.num_gathering;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * 2 * kStages;
-    uint32_t* masks = reinterpret_cast<uint32_t*>(barriers + kStages);
-    const uint64_t stage_bytes = PullPipe<kStages>::stage_bytes(args.piece_bytes, most_pieces);
+    Pulled* pulled = reinterpret_cast<Pulled*>(barriers + kStages);
     uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
-                      static_cast<uint64_t>(warp) * kStages * stage_bytes;
-    PullPipe<kStages> pipe(stages, barriers, masks, args.piece_bytes, most_pieces);
+                      static_cast<uint64_t>(warp) * kStages * args.stage_bytes;
+    PullPipe<kStages> pipe(stages, barriers, pulled, args.stage_bytes);
     const bool good = warp < num_gathering
                           ? gather(args, call, shared, pipe, {warp, num_gathering})
                           : answer(args, call, shared, pipe, {warp - num_gathering, warps_per_block() - num_gathering});

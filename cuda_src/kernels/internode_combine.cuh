@@ -30,12 +30,13 @@ struct InternodeCombineArgs {
     uint64_t bias[2];          // [num_tokens, row_bytes], or 0
     uint64_t out;              // [num_tokens, row_bytes]
     uint64_t out_weights;      // float32 [num_tokens, num_topk]
-    uint32_t row_bytes, piece_bytes;
+    uint32_t row_bytes;
+    uint32_t stage_bytes;      // of shared memory
     uint32_t answer_weights;   // offset in a row of an answer
     int32_t num_topk, num_worst_tokens;
-    uint32_t unused;
+    int32_t num_gathering;     // warps of a block; the others answer
 };
-static_assert(sizeof(InternodeCombineArgs) == 288 + 16 + 2 * 32 + 64 + 8 * 8 + 6 * 4,
+static_assert(sizeof(InternodeCombineArgs) == 288 + 24 + 2 * 32 + 64 + 8 * 8 + 6 * 4,
               "InternodeCombineArgs differs from epcomm/kernels/internode_combine.py");
 
 // Where the rows of a rank of the own node are.
@@ -62,7 +63,7 @@ __device__ inline bool find_places(const InternodeCombineArgs& args, Shared& sha
         places.weights = args.x_weights;
         return true;
     }
-    if (args.nodes.node_of(r) != args.nodes.node_of(comm.rank)) return true;
+    if (args.nodes.node_of(r) != args.nodes.own) return true;
     // Of what the rank has received, which is no more than there is room for.
     const int32_t* received = pointer<const int32_t>(args.rank_prefix) + (comm.num_ranks - 1) * comm.num_ranks;
     const uint64_t num_rows = min(received[r], shared.extents.num_rows[r]);
@@ -100,11 +101,11 @@ __device__ inline float sum_floats(uint64_t address, int count) {
 // Lane k: where the row of local rank k is, and its weights; 0 if `row` is negative.
 __device__ inline uint64_t local_row_at(const InternodeCombineArgs& args, const Shared& shared, int lane, int row) {
     if (row < 0) return 0;
-    return shared.places[first_local(args) + lane].rows + static_cast<uint64_t>(row) * args.row_bytes;
+    return shared.places[args.nodes.first_local() + lane].rows + static_cast<uint64_t>(row) * args.row_bytes;
 }
 __device__ inline uint64_t local_weights_at(const InternodeCombineArgs& args, const Shared& shared, int lane, int row) {
     if (row < 0) return 0;
-    return shared.places[first_local(args) + lane].weights + static_cast<uint64_t>(row) * args.num_topk * sizeof(float);
+    return shared.places[args.nodes.first_local() + lane].weights + static_cast<uint64_t>(row) * args.num_topk * sizeof(float);
 }
 
 }  // namespace epcomm

@@ -11,29 +11,28 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Share
                                    int node, uint32_t unit, int num_tokens) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
-    const int lane = lane_index(), num_local = nodes.ranks_per_node, own = nodes.node_of(comm.rank);
+    const int lane = lane_index(), num_local = nodes.ranks_per_node, own = nodes.own;
     const uint64_t question = args.asked.head(comm, nodes, comm.rank, node, unit);
-    const uint64_t answer = args.answered.head(comm, nodes, nodes.on_rail(comm.rank, node), own, unit);
+    const uint64_t answer = args.answered.head(comm, nodes, nodes.on_rail(node), own, unit);
     auto row_of = [&](int i) {
         if (lane >= num_local) return -1;
         const int row = pointer<const volatile int32_t>(question + i * args.asked.row_bytes)[lane];
         // A peer's memory may hold anything; this rank looks for no rows outside of what there is.
-        return row < shared.extents.num_rows[first_local(args) + lane] ? row : -1;
+        return row < shared.extents.num_rows[args.nodes.first_local() + lane] ? row : -1;
     };
     auto address = [&](int i) { return local_row_at(args, shared, lane, row_of(i)); };
-    pull_rows(pipe, args.row_bytes, args.piece_bytes, num_tokens, address, [&](int i, uint32_t piece, uint32_t mask) {
-        if (mask == 0) return;  // the node has no row of this token
-        const uint64_t to = answer + static_cast<uint64_t>(i) * args.answered.row_bytes;
-        const uint32_t begin = piece * args.piece_bytes, num_bytes = min(args.piece_bytes, args.row_bytes - begin);
-        const int count = __popc(mask);
-        for (uint32_t at = lane * sizeof(Vector); at < num_bytes; at += kWarp * sizeof(Vector)) {
+    pull_rows(pipe, args.row_bytes, num_tokens, address, [&](const PulledPiece& piece) {
+        if (piece.lanes == 0) return;  // the node has no row of this token
+        const uint64_t to = answer + static_cast<uint64_t>(piece.row) * args.answered.row_bytes;
+        const int count = __popc(piece.lanes);
+        for (uint32_t at = lane * sizeof(Vector); at < piece.num_bytes; at += kPullUnit) {
             Sum sum;
 #pragma unroll 4
             for (int k = 0; k < count; ++k) sum.add(pipe.get(k, at));
-            *pointer<Vector>(to + begin + at) = sum.rounded();
+            *pointer<Vector>(to + piece.begin + at) = sum.rounded();
         }
-        if (piece != 0 || args.num_topk == 0) return;
-        const float weight = sum_floats(local_weights_at(args, shared, lane, row_of(i)), args.num_topk);
+        if (piece.begin != 0 || args.num_topk == 0) return;
+        const float weight = sum_floats(local_weights_at(args, shared, lane, row_of(piece.row)), args.num_topk);
         if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;
     });
 }

@@ -8,7 +8,7 @@ namespace epcomm {
 
 // The word at this rank that says which unit of a group was used up; of the ring for the own node, which nobody asks.
 __device__ inline uint64_t* used_word(const InternodeCombineArgs& args, uint32_t unit) {
-    const int own = args.nodes.node_of(args.comm.rank);
+    const int own = args.nodes.own;
     return args.nodes.word(args.comm, args.comm.rank, kAsked, own, unit % args.asked.num_groups);
 }
 
@@ -17,7 +17,10 @@ __device__ inline int find_room(const InternodeCombineArgs& args, const Call& ca
     if (unit < args.asked.num_groups) return 1;
     auto awaited = [&] {
         // ACQUIRE the group. Pairs with the release of note_used, in another warp of this rank.
-        const bool is_there = lane_index() != 0 || is_free(call, ptx::ld_acquire_sys(used_word(args, unit)), args.asked, unit);
+        if (lane_index() != 0) return 0u;
+        uint64_t word;
+        const bool is_there = acquire_if(used_word(args, unit), word,
+                                         [&](uint64_t seen) { return is_free(call, seen, args.asked, unit); });
         return is_there ? 0u : 1u << args.comm.rank;
     };
     const int answer = !waits ? __all_sync(~0u, awaited() == 0)
@@ -45,14 +48,14 @@ __device__ inline void ask(const InternodeCombineArgs& args, const Call& call, c
                            const Destination& to, uint32_t unit) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
-    const int lane = lane_index(), own = nodes.node_of(comm.rank), node = nodes.node_of(min(lane, comm.num_ranks - 1));
+    const int lane = lane_index(), own = nodes.own, node = nodes.node_of(min(lane, comm.num_ranks - 1));
     const bool is_far = lane < comm.num_ranks && node != own;
-    const uint64_t question = is_far ? args.asked.head(comm, nodes, nodes.on_rail(comm.rank, node), own, unit) : 0;
+    const uint64_t question = is_far ? args.asked.head(comm, nodes, nodes.on_rail(node), own, unit) : 0;
     const Tokens tokens(args, unit);
     uint32_t num_rows = 0;  // of all tokens at the node that a lane stands for
     for (int i = 0; i < tokens.count; ++i) {
         const Wanted wanted(args, shared.extents, tokens.first + i);
-        if (is_far) pointer<int32_t>(question + i * args.asked.row_bytes)[nodes.local_of(lane)] = wanted.row;
+        if (is_far) pointer<int32_t>(question + i * args.asked.row_bytes)[lane - nodes.first_of(node)] = wanted.row;
         num_rows += wanted.has_node(args, to.node);
     }
     note_sent(comm, call, nodes, args.asked, kAsked, to.node, unit, tokens.count);
@@ -67,9 +70,10 @@ __device__ inline bool await_answers(const InternodeCombineArgs& args, const Cal
     auto awaited = [&] {
         if (to.node < 0) return 0u;
         // ACQUIRE the answer. Pairs with the release of note_sent, there.
-        const uint64_t word = ptx::ld_acquire_sys(
-            args.nodes.word(comm, comm.rank, kAnswered, to.node, unit % args.answered.num_groups));
-        return word == wanted ? 0u : 1u << args.nodes.on_rail(comm.rank, to.node);
+        uint64_t word;
+        const uint64_t* answered = args.nodes.word(comm, comm.rank, kAnswered, to.node, unit % args.answered.num_groups);
+        const bool is_there = acquire_if(answered, word, [&](uint64_t seen) { return seen == wanted; });
+        return is_there ? 0u : 1u << args.nodes.on_rail(to.node);
     };
     if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return false;
     __syncwarp();  // what a lane has acquired is there for all
@@ -79,31 +83,38 @@ __device__ inline bool await_answers(const InternodeCombineArgs& args, const Cal
     return true;
 }
 
-// Any lane: the sum of 16 bytes of a token. `mask`: the lanes that have a piece: those of local ranks, then of nodes.
-__device__ inline Sum sum_nodes(const InternodeCombineArgs& args, const PullPipe<kStages>& pipe, uint32_t mask,
+// How the pieces of a token follow one another: those of local ranks, of the nodes before this one, and of those behind.
+struct Order {
+    int num_near, num_before, num_behind;
+
+    __device__ Order(const InternodeCombineArgs& args, uint32_t lanes) {
+        const int num_local = args.nodes.ranks_per_node, own = args.nodes.own;
+        num_near = __popc(lanes & ((1u << num_local) - 1));
+        num_before = __popc(lanes & ((1u << (num_local + own)) - 1)) - num_near;
+        num_behind = __popc(lanes) - num_near - num_before;
+    }
+};
+
+// Any lane: the sum of 16 bytes of a token, `offset` bytes from its begin in all of them, `at` in its pieces.
+__device__ inline Sum sum_nodes(const InternodeCombineArgs& args, const PullPipe<kStages>& pipe, const Order& order,
                                 uint64_t offset, uint32_t at) {
-    const int num_local = args.nodes.ranks_per_node, own = args.nodes.node_of(args.comm.rank);
-    const int num_own = __popc(mask & ((1u << num_local) - 1));
     Sum near, sum;
 #pragma unroll 4
-    for (int k = 0; k < num_own; ++k) near.add(pipe.get(k, at));
-    const Vector rounded = near.rounded();
+    for (int k = 0; k < order.num_near; ++k) near.add(pipe.get(k, at));
     for (int i = 0; i < 2; ++i)
-        if (args.bias[i] != 0) sum.add(*pointer<const Vector>(args.bias[i] + offset + at));
-    int place = num_own;
-    for (int node = 0; node < args.nodes.num_nodes; ++node) {
-        if (node == own) {
-            if (num_own > 0) sum.add(rounded);
-        } else if (mask >> Destination::lane_of(args, node) & 1) {
-            sum.add(pipe.get(place++, at));
-        }
-    }
+        if (args.bias[i] != 0) sum.add(*pointer<const Vector>(args.bias[i] + offset));
+    const int far = order.num_near, behind = far + order.num_before;
+#pragma unroll 2
+    for (int k = 0; k < order.num_before; ++k) sum.add(pipe.get(far + k, at));
+    sum.add(near.rounded());  // +0 if there is none, which changes no bit
+#pragma unroll 2
+    for (int k = 0; k < order.num_behind; ++k) sum.add(pipe.get(behind + k, at));
     return sum;
 }
 
 // All lanes: the weights of a token, likewise; lane i has where its part is, or 0.
 __device__ inline void sum_weights(const InternodeCombineArgs& args, int token, uint64_t address) {
-    const int lane = lane_index(), num_local = args.nodes.ranks_per_node, own = args.nodes.node_of(args.comm.rank);
+    const int lane = lane_index(), num_local = args.nodes.ranks_per_node, own = args.nodes.own;
     // The nodes before this one, its own ranks, and the nodes behind.
     const int first_behind = num_local + own;
     auto only = [&](bool is_one) { return is_one ? address : 0; };
@@ -140,20 +151,24 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
         places(i, rows, weights);
         return rows;
     };
-    pull_rows(pipe, args.row_bytes, args.piece_bytes, tokens.count, address, [&](int i, uint32_t piece, uint32_t mask) {
-        const uint32_t begin = piece * args.piece_bytes, num_bytes = min(args.piece_bytes, args.row_bytes - begin);
-        const uint64_t offset = static_cast<uint64_t>(tokens.first + i) * args.row_bytes + begin;
-        for (uint32_t at = lane * sizeof(Vector); at < num_bytes; at += kWarp * sizeof(Vector))
-            *pointer<Vector>(args.out + offset + at) = sum_nodes(args, pipe, mask, offset, at).rounded();
-        if (piece != 0 || args.num_topk == 0) return;
+    pull_rows(pipe, args.row_bytes, tokens.count, address, [&](const PulledPiece& piece) {
+        const int token = tokens.first + piece.row;
+        const uint64_t offset = static_cast<uint64_t>(token) * args.row_bytes + piece.begin;
+        const Order order(args, piece.lanes);
+        for (uint32_t at = lane * sizeof(Vector); at < piece.num_bytes; at += kPullUnit)
+            *pointer<Vector>(args.out + offset + at) = sum_nodes(args, pipe, order, offset + at, at).rounded();
+        if (piece.begin != 0 || args.num_topk == 0) return;
         uint64_t rows, weights;
-        places(i, rows, weights);
-        sum_weights(args, tokens.first + i, weights);
+        places(piece.row, rows, weights);
+        sum_weights(args, token, weights);
     });
 }
 
 // The questions of a warp are this many of its units ahead of its sums, as long as there are groups for them.
-inline constexpr uint32_t kUnitsAhead = 3;
+#ifndef KERNEL_AHEAD
+#define KERNEL_AHEAD 3
+#endif
+inline constexpr uint32_t kUnitsAhead = KERNEL_AHEAD;
 
 __device__ inline bool gather(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
                               PullPipe<kStages>& pipe, const Share& share) {

@@ -22,17 +22,17 @@ inline constexpr int kStages = KERNEL_STAGES;
 __device__ inline bool run(const InternodeDispatchArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
     if (!enter(args, call, shared)) return false;
     if (args.num_worst_tokens > 0) note_worst_case(args);
-    const int num_rows = (warps_per_block() - 2 * kBesideWarps) / 2, warp = warp_index();
+    const int num_senders = args.num_senders, num_rows = num_senders + args.num_forwarders, warp = warp_index();
     bool good = true;
-    if (warp < 2 * num_rows) {  // as epcomm/kernels/internode_dispatch.py counts them
+    if (warp < num_rows) {
         uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * kStages;
-        uint8_t* stages = dynamic + round_up(2 * num_rows * kStages * sizeof(uint64_t), kUnit) +
+        uint8_t* stages = dynamic + round_up(num_rows * kStages * sizeof(uint64_t), kUnit) +
                           static_cast<uint64_t>(warp) * kStages * args.stage_bytes;
         RowPipe<kStages> pipe(stages, barriers, args.stage_bytes);
-        good = warp < num_rows ? send_rows(args, call, shared, pipe, {warp, num_rows})
-                               : forward_rows(args, call, shared, pipe, {warp - num_rows, num_rows});
+        good = warp < num_senders ? send_rows(args, call, shared, pipe, {warp, num_senders})
+                                  : forward_rows(args, call, shared, pipe, {warp - num_senders, args.num_forwarders});
     } else if (args.has_beside()) {
-        const int beside = warp - 2 * num_rows;
+        const int beside = warp - num_rows;
         good = beside < kBesideWarps ? send_beside(args, call, shared, {beside, kBesideWarps})
                                      : forward_beside(args, call, shared, {beside - kBesideWarps, kBesideWarps});
     }

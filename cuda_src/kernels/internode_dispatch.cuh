@@ -29,10 +29,11 @@ struct InternodeDispatchArgs {
     int32_t num_worst_tokens;  // 0: as many rows as there are
     int32_t is_forced;         // whatever the last exchange said
     int32_t has_weights;       // an empty array has no address
+    int32_t num_senders, num_forwarders;  // warps of a block that move rows
 
     __device__ bool has_beside() const { return num_scales > 0 || has_metadata; }
 };
-static_assert(sizeof(InternodeDispatchArgs) == 288 + 16 + 2 * 32 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 4 + 8 * 4,
+static_assert(sizeof(InternodeDispatchArgs) == 288 + 24 + 2 * 32 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 4 + 10 * 4,
               "InternodeDispatchArgs differs from epcomm/kernels/internode_dispatch.py");
 
 // Where the fields of rows go at one rank of the own node: field f of row i is at field[f] + i * field_bytes(f).
@@ -54,7 +55,7 @@ __device__ inline bool find_places(const InternodeDispatchArgs& args, Shared& sh
     const Nodes& nodes = args.nodes;
     shared.extents.find(args, r);
     shared.places[r].is_windowed = false;
-    if (nodes.node_of(r) != nodes.node_of(comm.rank)) return true;
+    if (nodes.node_of(r) != nodes.own) return true;
     const Entry entry = shared.entries[r];
     return find_fields(args, r, entry.rows, entry.metadata, shared.extents.num_rows[r], shared.places[r].field);
 }

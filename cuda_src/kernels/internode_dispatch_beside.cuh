@@ -10,7 +10,7 @@ namespace epcomm {
 
 // Where field f of a local rank's row is; lane-wise or not.
 __device__ inline uint64_t place_of(const InternodeDispatchArgs& args, const Shared& shared, int local, int field, int row) {
-    return shared.places[first_local(args) + local].field[field] + static_cast<uint64_t>(row) * field_bytes(args, field);
+    return shared.places[args.nodes.first_local() + local].field[field] + static_cast<uint64_t>(row) * field_bytes(args, field);
 }
 
 // All lanes: indices, weights and source of a token to the ranks of the own node; lane k knows the row at local rank k.
@@ -19,7 +19,7 @@ __device__ inline void hand_out(const InternodeDispatchArgs& args, const Shared&
     if (!args.has_metadata) return;
     for (uint32_t rest = __ballot_sync(~0u, local_row >= 0); rest != 0; rest &= rest - 1) {
         const int k = __ffs(rest) - 1, row = __shfl_sync(~0u, local_row, k);
-        store_local(args, first_local(args) + k, chosen, place_of(args, shared, k, kTopkIdx, row),
+        store_local(args, args.nodes.first_local() + k, chosen, place_of(args, shared, k, kTopkIdx, row),
                     place_of(args, shared, k, kTopkWeights, row));
         if (lane_index() == 0) *pointer<int32_t>(place_of(args, shared, k, kSource, row)) = token;
     }
@@ -30,9 +30,9 @@ __device__ inline int send_beside_unit(const InternodeDispatchArgs& args, const 
                                        uint32_t unit, int first, int end) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
-    const int lane = lane_index(), node = args.nodes.node_of(args.comm.rank);
+    const int lane = lane_index(), node = args.nodes.own;
     const uint64_t group =
-        to.node >= 0 ? args.beside.head(comm, nodes, nodes.on_rail(comm.rank, to.node), node, unit) : 0;
+        to.node >= 0 ? args.beside.head(comm, nodes, nodes.on_rail(to.node), node, unit) : 0;
     int num_sent = 0;
     for (int token = first; token < end; ++token) {
         const Wanted wanted(args, shared.extents, token);
@@ -86,7 +86,7 @@ __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const C
     const Ring& ring = args.beside;
     const int lane = lane_index(), num_local = nodes.ranks_per_node;
     const bool is_local = lane < num_local;
-    const int rank = first_local(args) + (is_local ? lane : 0);
+    const int rank = args.nodes.first_local() + (is_local ? lane : 0);
     return for_each_message(args, shared.entries, ring, share, [&](int node, uint32_t unit) {
         const int num_rows = await_message(comm, call, nodes, ring, kBesideSent, node, unit);
         if (num_rows < 0) return false;

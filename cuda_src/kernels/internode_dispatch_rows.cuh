@@ -14,15 +14,15 @@ __device__ inline int send_unit(const InternodeDispatchArgs& args, const Shared&
                                 const Destination& to, uint32_t unit, int first, int end) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
-    const int lane = lane_index(), node = args.nodes.node_of(args.comm.rank), rank_node = nodes.node_of(min(lane, comm.num_ranks - 1));
+    const int lane = lane_index(), node = args.nodes.own, rank_node = nodes.node_of(min(lane, comm.num_ranks - 1));
     auto head_at = [&](int receiver) {
-        return args.rows.head(comm, nodes, nodes.on_rail(comm.rank, receiver), node, unit);
+        return args.rows.head(comm, nodes, nodes.on_rail(receiver), node, unit);
     };
     const uint64_t group = to.node >= 0 ? head_at(to.node) + args.rows.head_bytes : 0;
     // Of a lane below the number of ranks: where the rows of that rank's node are told.
     const bool is_far = lane < comm.num_ranks && rank_node != node;
     const uint64_t head = is_far ? head_at(rank_node) : 0;
-    const uint64_t rows = to.local >= 0 ? shared.places[first_local(args) + to.local].field[kRow] : 0;
+    const uint64_t rows = to.local >= 0 ? shared.places[args.nodes.first_local() + to.local].field[kRow] : 0;
     int num_sent = 0, num_own = 0;
     auto source = [&](int token) {
         return pointer<const uint8_t>(args.x) + static_cast<uint64_t>(token) * args.pieces.row_bytes;
@@ -32,7 +32,7 @@ __device__ inline int send_unit(const InternodeDispatchArgs& args, const Shared&
         const int row = wanted.local_row(args, to);
         const int slot = __shfl_sync(~0u, num_sent, is_far ? Destination::lane_of(args, rank_node) : 0);
         if (is_far && wanted.has_node(args, rank_node))
-            pointer<int32_t>(head)[slot * nodes.ranks_per_node + nodes.local_of(lane)] = wanted.row;
+            pointer<int32_t>(head)[slot * nodes.ranks_per_node + lane - nodes.first_of(rank_node)] = wanted.row;
         num_own += wanted.has_node(args, node);
         if (to.local >= 0) return row < 0 ? 0 : rows + static_cast<uint64_t>(row) * args.pieces.row_bytes;
         if (!wanted.has_node(args, to.node)) return 0;
@@ -70,7 +70,7 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
     const Ring& ring = args.rows;
     const int lane = lane_index(), num_local = nodes.ranks_per_node;
     const bool is_local = lane < num_local;
-    const int rank = first_local(args) + (is_local ? lane : 0);
+    const int rank = args.nodes.first_local() + (is_local ? lane : 0);
     const uint64_t rows = shared.places[rank].field[kRow];
     return for_each_message(args, shared.entries, ring, share, [&](int node, uint32_t unit) {
         const int num_rows = await_message(comm, call, nodes, ring, kRowsSent, node, unit);

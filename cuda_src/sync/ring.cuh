@@ -33,12 +33,13 @@ enum RingWord : int {
 struct Nodes {
     uint64_t area;  // offset
     int32_t ranks_per_node, num_nodes;
+    int32_t own, local;  // this rank's node, and its place there: a division takes long
 
     __device__ int node_of(int rank) const { return rank / ranks_per_node; }
     __device__ int first_of(int node) const { return node * ranks_per_node; }
-    __device__ int local_of(int rank) const { return rank % ranks_per_node; }
-    // The rank of `node` on the rail of `rank`.
-    __device__ int on_rail(int rank, int node) const { return first_of(node) + local_of(rank); }
+    __device__ int first_local() const { return first_of(own); }
+    // The rank of `node` on this rank's rail.
+    __device__ int on_rail(int node) const { return first_of(node) + local; }
     // All of a node, a bit each.
     __device__ uint32_t ranks_of(int node) const {
         return (ranks_per_node == kWarp ? ~0u : (1u << ranks_per_node) - 1) << first_of(node);
@@ -49,7 +50,7 @@ struct Nodes {
         return pointer<uint64_t>(comm.region[rank] + area) + index;
     }
 };
-static_assert(sizeof(Nodes) == 16);
+static_assert(sizeof(Nodes) == 24);
 
 // A ring for each node of the rail. A group is a head, what is said of all its rows, and then the rows.
 struct Ring {
@@ -65,6 +66,15 @@ struct Ring {
     __device__ uint32_t num_units(uint32_t num_tokens) const { return (num_tokens + unit_tokens - 1) / unit_tokens; }
 };
 static_assert(sizeof(Ring) == 32);
+
+// A word that is waited for, acquired if `is_there(word)`. Polls are relaxed: an acquire empties the L1 cache of the SM,
+// and warps that wait would hold up those that work.
+template <typename IsThere> __device__ inline bool acquire_if(const uint64_t* address, uint64_t& word, IsThere is_there) {
+    word = ptx::ld_relaxed_sys(address);
+    if (!is_there(word)) return false;
+    word = ptx::ld_acquire_sys(address);
+    return true;
+}
 
 __device__ inline uint64_t sent_word(const Call& call, uint32_t unit, uint32_t num_rows) {
     return tagged(call.sequence, (unit + 1) << 6 | num_rows);
@@ -84,9 +94,10 @@ __device__ inline bool await_group(const Comm& comm, const Call& call, const Nod
         auto awaited = [&] {
             if (node < 0) return 0u;
             // ACQUIRE taken. Pairs with the release of note_taken, there.
-            const uint64_t word =
-                ptx::ld_acquire_sys(nodes.word(comm, comm.rank, taken, node, unit % ring.num_groups));
-            return is_free(call, word, ring, unit) ? 0u : 1u << nodes.on_rail(comm.rank, node);
+            uint64_t word;
+            const bool is_there = acquire_if(nodes.word(comm, comm.rank, taken, node, unit % ring.num_groups), word,
+                                             [&](uint64_t seen) { return is_free(call, seen, ring, unit); });
+            return is_there ? 0u : 1u << nodes.on_rail(node);
         };
         if (!wait_in_lanes(comm, call, kPhaseAck, awaited)) return false;
         __syncwarp();  // what a lane has acquired is there for all
@@ -105,8 +116,7 @@ __device__ inline void note_sent(const Comm& comm, const Call& call, const Nodes
     // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE of
     // await_message, there.
     if (node >= 0)
-        ptx::st_relaxed_sys(nodes.word(comm, nodes.on_rail(comm.rank, node), sent, nodes.node_of(comm.rank),
-                                       unit % ring.num_groups),
+        ptx::st_relaxed_sys(nodes.word(comm, nodes.on_rail(node), sent, nodes.own, unit % ring.num_groups),
                             sent_word(call, unit, num_rows));
 }
 
@@ -114,13 +124,14 @@ __device__ inline void note_sent(const Comm& comm, const Call& call, const Nodes
 __device__ inline int await_message(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
                                     RingWord sent, int node, uint32_t unit) {
     const uint64_t* address = nodes.word(comm, comm.rank, sent, node, unit % ring.num_groups);
-    const int source = nodes.on_rail(comm.rank, node);
+    const int source = nodes.on_rail(node);
     uint64_t word = 0;
     auto awaited = [&] {
         if (lane_index() != 0) return 0u;
         // ACQUIRE the message. Pairs with the release of note_sent, there.
-        word = ptx::ld_acquire_sys(address);
-        const bool is_there = word >> 32 == call.sequence && static_cast<uint32_t>(word) >> 6 == unit + 1;
+        const bool is_there = acquire_if(address, word, [&](uint64_t seen) {
+            return seen >> 32 == call.sequence && static_cast<uint32_t>(seen) >> 6 == unit + 1;
+        });
         return is_there ? 0u : 1u << source;
     };
     if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return -1;
@@ -139,8 +150,7 @@ __device__ inline void note_taken(const Comm& comm, const Call& call, const Node
     __syncwarp();
     if (lane_index() != 0) return;
     // RELEASE the group. Pairs with the ACQUIRE of await_group, there.
-    ptx::st_release_sys(nodes.word(comm, nodes.on_rail(comm.rank, node), taken, nodes.node_of(comm.rank),
-                                   unit % ring.num_groups),
+    ptx::st_release_sys(nodes.word(comm, nodes.on_rail(node), taken, nodes.own, unit % ring.num_groups),
                         tagged(call.sequence, unit + 1));
 }
 

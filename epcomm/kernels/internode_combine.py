@@ -18,21 +18,24 @@ PROGRAMS = {
     dtype: Program("kernels/internode_combine.cu", program.defines) for dtype, program in combine.PROGRAMS.items()
 }
 ENTRY = "epcomm_internode_combine"
-_MAX_WARPS = 16  # half of them gather, half of them answer
+_MAX_WARPS = 16
+_PIECE_UNIT = 512  # bytes: a warp reads 16 bytes a lane
+_CHOICES = 8
 _UNIT_BYTES = 56 << 10  # of rows of an answer
-WANTED_GROUPS = 256
+WANTED_GROUPS = 512
 
-# area, ranks_per_node, num_nodes; asked: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused;
+# area, ranks_per_node, num_nodes, own, local; asked: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused;
 # answered: likewise; entry: rows, weights, num_tokens, unused, agreed[12];
 # x, x_weights, send_pos, rank_prefix, bias[2], out, out_weights;
-# row_bytes, piece_bytes, answer_weights, num_topk, num_worst_tokens, unused
-FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I8Q3I2iI")
+# row_bytes, stage_bytes, answer_weights, num_topk, num_worst_tokens, num_gathering
+FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I8Q3I3i")
 
 
 class Shape(NamedTuple):
     """Launch shape for rows of one size."""
 
-    piece_bytes: int
+    stage_bytes: int
+    gathering: int  # warps; the others answer
     threads: int
     shared_bytes: int
 
@@ -47,12 +50,28 @@ class Messages(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int) -> Shape:
-    """As `epcomm.kernels.combine.shape`: pieces come from the ranks of a node, and from the other nodes."""
+    """Stages for pieces from the ranks of a node and from the other nodes, at least `_PIECE_UNIT` bytes of each.
+
+    Warps gather and answer in about the proportion of the rows that they read and write, with eight choices a token over
+    all ranks.
+
+    Args:
+        row_bytes: bytes of a row.
+        ranks_per_node, num_nodes: of the job.
+        memory: `stage_memory`, into which the copy engine pulls; 0: there is none, rows go through registers.
+    """
     sources = ranks_per_node + num_nodes - 1
-    piece = combine.shape(row_bytes, sources, memory).piece_bytes
-    stages = combine.STAGES * (piece * sources if memory else 8 * sources)
-    warps = num_warps(memory, 2 * combine.STAGES, stages, _MAX_WARPS) // 2 * 2 if memory else _MAX_WARPS
-    return Shape(piece, 32 * warps, pipe_bytes(warps, 2 * combine.STAGES, stages))
+    stage = 8 * sources
+    if memory:
+        least = sources * min(_PIECE_UNIT, round_up(row_bytes, 16))
+        fitting = memory // (_MAX_WARPS * combine.STAGES) - 2 * 8 - UNIT // _MAX_WARPS
+        stage = min(max(least, fitting // 128 * 128), round_up(sources * row_bytes, 128))
+    warps = num_warps(memory, 2 * combine.STAGES, combine.STAGES * stage, _MAX_WARPS) if memory else _MAX_WARPS
+    is_there, has_node = (1 - (1 - 1 / n) ** _CHOICES for n in (ranks_per_node * num_nodes, num_nodes))
+    near, far = ranks_per_node * is_there, (num_nodes - 1) * has_node
+    gathers, answers = near + far + 1, (num_nodes - 1) * (near + has_node)
+    gathering = max(1, min(warps - 1, round(warps * gathers / (gathers + answers))))
+    return Shape(stage, gathering, 32 * warps, pipe_bytes(warps, 2 * combine.STAGES, combine.STAGES * stage))
 
 
 @functools.lru_cache(maxsize=256)

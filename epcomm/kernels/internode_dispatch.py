@@ -19,22 +19,26 @@ PROGRAM = Program("kernels/internode_dispatch.cu", (("KERNEL_STAGES", str(STAGES
 ENTRY = "epcomm_internode_dispatch"
 _MAX_ROW_WARPS = 16  # half of them send, half of them forward
 _BYTES_UNDER_WAY = 7_340_032
+_MAX_PIECE = 14336  # bytes
+_SENDING = 1.0  # what a row takes to be sent, where forwarding one takes 1
 _UNIT_BYTES = 32 << 10  # of rows of a message: less is bound by latency, more comes late
 _BESIDE_TOKENS = 8
 WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
 
-# area, ranks_per_node, num_nodes; rows: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused;
+# area, ranks_per_node, num_nodes, own, local; rows: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused;
 # beside: likewise; entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
 # x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
 # node_counts; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
-# num_worst_tokens, is_forced, has_weights
-FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I8i")
+# num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders
+FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I10i")
 
 
 class Shape(NamedTuple):
     """Launch shape for rows of one size."""
 
     pieces: Pieces
+    senders: int  # warps that send rows
+    forwarders: int  # and that forward them
     threads: int
     shared_bytes: int
 
@@ -47,15 +51,19 @@ class Beside(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(row_bytes: int, memory: int, blocks_on_gpu: int) -> Shape:
-    """As `epcomm.kernels.dispatch.shape`, with as many warps that forward as there are that send."""
-    pieces = cut(row_bytes)
+def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int) -> Shape:
+    """As `epcomm.kernels.dispatch.shape`. Some warps send rows, the others forward them: from each other node about as
+    many as are sent to the own one.
+    """
+    pieces = cut(row_bytes, _MAX_PIECE)
     stage_bytes = STAGES * pieces.piece_bytes if memory else 0
     warps = _MAX_ROW_WARPS
     if memory:
         wanted = round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
-        warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_ROW_WARPS, wanted))) // 2 * 2
-    return Shape(pieces, 32 * (warps + 2 * BESIDE_WARPS), pipe_bytes(warps, STAGES, stage_bytes))
+        warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_ROW_WARPS, wanted)))
+    senders = max(1, min(warps - 1, round(warps * _SENDING / (_SENDING + num_nodes - 1))))
+    threads = 32 * (warps + 2 * BESIDE_WARPS)
+    return Shape(pieces, senders, warps - senders, threads, pipe_bytes(warps, STAGES, stage_bytes))
 
 
 @functools.lru_cache(maxsize=256)

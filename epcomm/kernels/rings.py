@@ -15,7 +15,7 @@ MAX_UNIT = 32  # tokens
 _NUM_WORDS = 6
 _LEAST_BYTES = 16 << 10  # a node: a group of the smallest rows
 
-NODES = struct.Struct("<Q2i")  # area, ranks_per_node, num_nodes
+NODES = struct.Struct("<Q4i")  # area, ranks_per_node, num_nodes, own, local
 RING = struct.Struct("<Q6I")  # offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused
 
 
@@ -58,8 +58,8 @@ class Rings:
         CapacityError: there is not even room for the smallest rows.
     """
 
-    def __init__(self, offset: int, num_bytes: int, ranks_per_node: int, num_nodes: int) -> None:
-        self.nodes = (offset, ranks_per_node, num_nodes)
+    def __init__(self, offset: int, num_bytes: int, rank: int, ranks_per_node: int, num_nodes: int) -> None:
+        self.nodes = (offset, ranks_per_node, num_nodes, *divmod(rank, ranks_per_node))
         self._words = round_up(words_bytes(num_nodes), UNIT)
         self._num_bytes, self._num_nodes = num_bytes, num_nodes
         least = self._words + num_nodes * _LEAST_BYTES

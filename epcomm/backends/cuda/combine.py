@@ -97,7 +97,10 @@ class _InternodePlan(_Plan):
     def launch(self, job: Job, turn: CudaTurn, one: _Sum) -> None:
         shape = self._node_shape
         x, x_weights, _, *others = one.arrays  # the source indices stay at home
-        sizes = (self._row_bytes, shape.piece_bytes, self._weights, one.num_topk, one.num_worst_tokens, 0)
+        sizes = (
+            *(self._row_bytes, shape.stage_bytes, self._weights),
+            *(one.num_topk, one.num_worst_tokens, shape.gathering),
+        )
         fields = (*self._rings, *one.entry, x, x_weights, *others, *sizes)
         job.launch.combine(turn.stream, self._dtype, self._blocks, shape, fields)
 

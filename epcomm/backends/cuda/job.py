@@ -134,7 +134,7 @@ class Job:
         wanted = rings_offset
         if self.num_nodes > 1:
             num_bytes = round_up(settings.num_network_bytes, UNIT)
-            self.rings = Rings(rings_offset, num_bytes, self.ranks_per_node, self.num_nodes)
+            self.rings = Rings(rings_offset, num_bytes, self.rank, self.ranks_per_node, self.num_nodes)
             wanted += num_bytes
         self._memory = SymmetricMemory(self.comm, wanted, self.device, timeout_s=timeout_s)
         self.base = self._memory.bases[self.rank]

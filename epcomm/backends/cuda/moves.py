@@ -153,7 +153,7 @@ class InternodeMovePlan(MovePlan):
         assert job.rings is not None
         sizes, per_node = self.sizes, job.ranks_per_node
         blocks_on_gpu = self._blocks * job.placement.ranks_on_gpu
-        self._shape = internode.shape(sizes.row_bytes, job.launch.stage_memory, blocks_on_gpu)
+        self._shape = internode.shape(sizes.row_bytes, job.num_nodes, job.launch.stage_memory, blocks_on_gpu)
         scales_bytes, topk_bytes = sizes.num_scales * sizes.scale_bytes, sizes.num_topk * sizes.index_bytes
         beside = internode.beside(per_node, scales_bytes, topk_bytes, sizes.num_topk * 4 if sizes.has_weights else 0)
         rings = job.rings.cut((internode.rows(sizes.row_bytes, per_node), beside.message), internode.WANTED_GROUPS)
@@ -174,6 +174,8 @@ class InternodeMovePlan(MovePlan):
             shape.pieces.piece_bytes,
             *self._beside,
             *move.flags,
+            shape.senders,
+            shape.forwarders,
         )
         job.launch.dispatch(turn.stream, self._blocks, shape, fields)
 
