@@ -19,7 +19,15 @@ import warnings
 from pathlib import Path
 
 from epcomm import env
-from epcomm.jit.compiler import Program, compile_program, compiler_options, header_folders, nvrtc_version
+from epcomm.jit.compiler import (
+    Program,
+    compile_program,
+    compiler_options,
+    header_folders,
+    installed_nvshmem,
+    nvrtc_version,
+)
+from epcomm.jit.linker import nvjitlink_version
 from epcomm.jit.source import source_digest
 
 __all__ = ["MAX_BYTES", "DiskCache", "cached_cubin", "hold", "held_cubin", "user_folder"]
@@ -90,9 +98,19 @@ def _key(program: Program, architecture: str, sources: str) -> str:
         with contextlib.suppress(OSError):
             status = mark.stat()
             stamps.append((str(mark), status.st_size, status.st_mtime_ns))
-    options = [option for option in compiler_options(architecture, program.defines) if not option.startswith("-I")]
-    parts = (_MAGIC.decode(), sources, program.source, options, stamps, nvrtc_version())
+    options = compiler_options(architecture, program.defines, nvshmem=program.nvshmem)
+    options = [option for option in options if not option.startswith("-I")]
+    parts: list[object] = [_MAGIC.decode(), sources, program.source, options, stamps, nvrtc_version()]
+    if program.nvshmem:
+        parts += [nvjitlink_version(), _nvshmem_stamp()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _nvshmem_stamp() -> tuple[object, ...]:
+    """Version of NVSHMEM, and which file is linked."""
+    wheel = installed_nvshmem()
+    status = wheel.device_library.stat()
+    return wheel.version, str(wheel.device_library), status.st_size, status.st_mtime_ns
 
 
 def user_folder() -> Path | None:

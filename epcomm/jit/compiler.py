@@ -13,15 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from epcomm.errors import CompileError, MissingDependency
+from epcomm.jit.linker import link_with_nvshmem, linked_architecture
+from epcomm.jit.nvshmem_wheel import NvshmemWheel, find_nvshmem
 from epcomm.jit.source import cuda_src_dir
 
-__all__ = ["Program", "compile_program", "compile_text", "compiler_options", "header_folders", "nvrtc_version"]
+__all__ = [
+    "Program",
+    "compile_program",
+    "compile_text",
+    "compiler_options",
+    "header_folders",
+    "nvrtc_version",
+    "nvshmem_version",
+    "installed_nvshmem",
+]
 
 _PIP_LINE = "pip install 'epcomm[cuda13]', or 'epcomm[cuda12]' for a driver that is older than CUDA 13"
 
 # fp32 keeps subnormals and rounds each operation as it is spelled (no --use_fast_math): results are compared bit for
 # bit with those of the host. A source folder that NVRTC adds by itself would be one below the working folder.
-_OPTIONS = ("-std=c++17", "-ftz=false", "-no-source-include")
+_OPTIONS = ("-std=c++17", "-ftz=false")
+_NO_SOURCE_FOLDER = "-no-source-include"
+
+# The headers of NVSHMEM include their neighbours, and so do those of CUDA that they need: NVRTC must look beside each
+# file. NVSHMEM 3.4 has functions in them that do not say that they are the device's.
+_NVSHMEM_OPTIONS = ("-rdc=true", "-default-device")
 
 # An error of the front end begins with "file(line): error"; what follows, up to the next message, explains it.
 _MESSAGE = re.compile(r"^(\S.*\(\d+\): )?(catastrophic |fatal )?(error|warning|remark|note)\b|^ptxas |^nvrtc: ")
@@ -36,16 +52,19 @@ class Program:
     Attributes:
         source: file, relative to the folder of the CUDA sources: ``"kernels/dispatch.cu"``.
         defines: (name, value) of macros; kept sorted, so that programs that mean the same are equal.
+        nvshmem: it includes ``transport/nvshmem.cuh``, and is linked with NVSHMEM's device library.
     """
 
     source: str
     defines: tuple[tuple[str, str], ...] = ()
+    nvshmem: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "defines", tuple(sorted(self.defines)))
 
     def __str__(self) -> str:
-        return " ".join([self.source, *(f"-D{name}={value}" for name, value in self.defines)])
+        linked = ["(with NVSHMEM)"] if self.nvshmem else []
+        return " ".join([self.source, *(f"-D{name}={value}" for name, value in self.defines), *linked])
 
 
 def compile_program(program: Program, architecture: str) -> bytes:
@@ -59,22 +78,34 @@ def compile_program(program: Program, architecture: str) -> bytes:
         The cubin, which every GPU of that major architecture loads (with a suffix: that architecture alone).
 
     Raises:
-        CompileError: the source is not there, or NVRTC rejected it; has the options and the log.
-        MissingDependency: cuda-bindings, NVRTC or the CUDA headers are not installed.
+        CompileError: the source is not there, or NVRTC or nvJitLink rejected it; has the options and the log.
+        MissingDependency: cuda-bindings, NVRTC or the CUDA headers are not installed; for a program that is linked with
+            NVSHMEM: nor are nvJitLink and NVSHMEM.
     """
     path = cuda_src_dir() / program.source
     try:
         text = path.read_text()
     except OSError as error:
         raise CompileError(program.source, got=error.strerror, wanted=f"the file {path}") from error
-    return compile_text(text, program.source, architecture, program.defines)
+    return compile_text(text, program.source, architecture, program.defines, nvshmem=program.nvshmem)
 
 
-def compile_text(text: str, name: str, architecture: str, defines: Iterable[tuple[str, str]] = ()) -> bytes:
+def compile_text(
+    text: str, name: str, architecture: str, defines: Iterable[tuple[str, str]] = (), *, nvshmem: bool = False
+) -> bytes:
     """As `compile_program`, for a text that may include the CUDA sources; `name` stands for it in messages."""
+    if not nvshmem:
+        return _compile(text, name, compiler_options(architecture, defines))
+    architecture = linked_architecture(architecture)
+    options = compiler_options(architecture, defines, nvshmem=True)
+    # Of a relative name NVRTC would take the folder below the working folder.
+    cubin = _compile(text, name, options, file=str(cuda_src_dir() / name))
+    return link_with_nvshmem(cubin, name, architecture, installed_nvshmem())
+
+
+def _compile(text: str, name: str, options: list[str], file: str = "") -> bytes:
     nvrtc = _nvrtc()
-    options = compiler_options(architecture, defines)
-    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), (file or name).encode(), 0, [], []))
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -92,15 +123,31 @@ def compile_text(text: str, name: str, architecture: str, defines: Iterable[tupl
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def compiler_options(architecture: str, defines: Iterable[tuple[str, str]] = ()) -> list[str]:
+def compiler_options(architecture: str, defines: Iterable[tuple[str, str]] = (), *, nvshmem: bool = False) -> list[str]:
     """All options that a program is compiled with, include folders among them."""
     return [
         f"-arch=sm_{architecture}",
         *_OPTIONS,
+        *(_NVSHMEM_OPTIONS if nvshmem else (_NO_SOURCE_FOLDER,)),
         *(f"-D{name}={value}" for name, value in defines),
         f"-I{cuda_src_dir()}",
         *(f"-I{folder}" for folder in header_folders()),
+        *([f"-I{installed_nvshmem().headers}"] if nvshmem else []),
     ]
+
+
+def installed_nvshmem() -> NvshmemWheel:
+    """The NVSHMEM that belongs to the compiler.
+
+    Raises:
+        MissingDependency: the compiler is not installed, or NVSHMEM is not, for that CUDA, or too old.
+    """
+    return find_nvshmem(nvrtc_version()[0])
+
+
+def nvshmem_version() -> tuple[int, int, int]:
+    """(major, minor, patch) of `installed_nvshmem`; raises as it does."""
+    return installed_nvshmem().version
 
 
 @functools.cache

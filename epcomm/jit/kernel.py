@@ -43,6 +43,7 @@ class Kernel:
     Attributes:
         entry: its name.
         device: its device.
+        module: the ``CUmodule`` that it is in, one for all kernels of a cubin on a device; never unloaded.
         max_threads: threads a block may have.
         registers: 32-bit registers a thread uses.
         static_shared_bytes: shared memory a block uses beside what `launch` asks for.
@@ -58,7 +59,8 @@ class Kernel:
         self.entry, self.device = entry, device
         with current_device(device):
             try:
-                self._function = driver.moduleGetFunction(_module(driver, cubin, device), entry)
+                self.module = _module(driver, cubin, device)
+                self._function = driver.moduleGetFunction(self.module, entry)
             except driver.CUDADriverError as error:
                 raise CompileError(entry, got=str(error), wanted=f"a function that device {device} can run") from error
             # Asking for attributes loads the function even where the driver loads lazily.

@@ -12,9 +12,10 @@ from epcomm.kernels import (
     low_latency_combine,
     low_latency_dispatch,
     low_latency_service,
+    network_probe,
 )
 
-__all__ = ["INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "PROGRAMS", "programs_of"]
+__all__ = ["INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "NVSHMEM_PROGRAMS", "PROGRAMS", "programs_of"]
 
 _COMMON_PROGRAMS = (dispatch_layout.PROGRAM, exchange.PROGRAM, barrier.PROGRAM)
 PROGRAMS: tuple[Program, ...] = (*_COMMON_PROGRAMS, dispatch.PROGRAM, *combine.PROGRAMS.values())
@@ -28,6 +29,9 @@ LOW_LATENCY_PROGRAMS: tuple[Program, ...] = (
     *low_latency_combine.PROGRAMS.values(),
     low_latency_service.PROGRAM,
 )
+
+# Linked with NVSHMEM.
+NVSHMEM_PROGRAMS: tuple[Program, ...] = (network_probe.PROGRAM,)
 
 
 def programs_of(num_nodes: int, low_latency_mode: bool) -> tuple[Program, ...]:

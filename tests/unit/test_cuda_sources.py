@@ -1,10 +1,15 @@
-"""Every CUDA source compiles with NVRTC alone, for every architecture that is supported: headers also by themselves."""
+"""Every CUDA source compiles with NVRTC alone, for every architecture that is supported: headers also by themselves.
+
+What includes NVSHMEM is linked with it, too.
+"""
 
 import importlib
 import importlib.util
+import re
 
 import pytest
-from helpers.nvrtc import compile_cubin, needs_nvrtc
+from helpers.elf import symbols
+from helpers.nvrtc import NVSHMEM_ARCHITECTURES, compile_cubin, needs_nvrtc, needs_nvshmem
 
 from epcomm.errors import CompileError
 from epcomm.jit.compiler import compile_program
@@ -13,12 +18,47 @@ from epcomm.jit.source import cuda_src_dir, source_files
 ARCHITECTURES = ("80", "90", "100")
 
 
-def programs() -> tuple:
-    """What the package compiles at run time."""
+# Headers of NVSHMEM, which one file of ours includes.
+NVSHMEM_HEADER = re.compile(r"#\s*include\s*<(nvshmem|device/|device_host|non_abi/|host/|bootstrap_)")
+# What the driver or the runtime of the device provides.
+PROVIDED = re.compile(r"vprintf|__assertfail|\.nv\.reservedSmem\..*")
+
+
+def programs(*, nvshmem: bool) -> tuple:
+    """What the package compiles at run time: with NVSHMEM, or without."""
     if importlib.util.find_spec("epcomm.kernels") is None:
         return ()
     kernels = importlib.import_module("epcomm.kernels")
-    return (*kernels.PROGRAMS, *kernels.LOW_LATENCY_PROGRAMS)
+    names = ("PROGRAMS", "INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "NVSHMEM_PROGRAMS")
+    found = [program for name in names for program in getattr(kernels, name)]
+    return tuple(program for program in found if program.nvshmem == nvshmem)
+
+
+def includes(path: str) -> set[str]:
+    """The files of ours that a file needs, itself among them."""
+    found, left = set(), [path]
+    while left:
+        found.add(path := left.pop())
+        names = re.findall(r'^#include "(.*)"', (cuda_src_dir() / path).read_text(), re.MULTILINE)
+        left += [name for name in names if name not in found]
+    return found
+
+
+def headers(*, nvshmem: bool) -> list[str]:
+    """The headers that need NVSHMEM, or those that do not."""
+    paths = [path.as_posix() for path in source_files() if path.suffix == ".cuh"]
+    return [path for path in paths if ("transport/nvshmem.cuh" in includes(path)) == nvshmem]
+
+
+def assert_is_linked(cubin: bytes) -> None:
+    """Nothing is missing in it, and the host library will find what it has to fill."""
+    table = {symbol.name: symbol for symbol in symbols(cubin)}
+    undefined = [name for name, symbol in table.items() if symbol.is_undefined and not PROVIDED.fullmatch(name)]
+    assert undefined == []
+    for name in ("nvshmemi_device_state_d", "nvshmemi_device_lib_version_d"):
+        symbol = table[name]
+        assert (symbol.binding, symbol.kind, symbol.is_undefined) == ("global", "object", False), symbol
+        assert symbol.num_bytes > 0
 
 
 def test_sources_are_found() -> None:
@@ -27,7 +67,7 @@ def test_sources_are_found() -> None:
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("path", [path.as_posix() for path in source_files() if path.suffix == ".cuh"])
+@pytest.mark.parametrize("path", headers(nvshmem=False))
 def test_header_compiles(path: str, architecture: str) -> None:
     cubin = compile_cubin(f'#include "{path}"\nextern "C" __global__ void probe() {{}}\n', architecture)
     assert cubin.startswith(b"\x7fELF")
@@ -35,15 +75,40 @@ def test_header_compiles(path: str, architecture: str) -> None:
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("program", programs(), ids=str)
+@pytest.mark.parametrize("program", programs(nvshmem=False), ids=str)
 def test_program_compiles(program, architecture: str) -> None:
     assert compile_program(program, architecture).startswith(b"\x7fELF")
+
+
+@needs_nvshmem
+@pytest.mark.parametrize("path", headers(nvshmem=True))
+def test_header_compiles_and_links(path: str) -> None:
+    source = f'#include "{path}"\nextern "C" __global__ void probe() {{ epcomm::nvshmem::quiet(); }}\n'
+    assert_is_linked(compile_cubin(source, "90", nvshmem=True))
+
+
+@needs_nvshmem
+@pytest.mark.parametrize("architecture", NVSHMEM_ARCHITECTURES)
+@pytest.mark.parametrize("program", programs(nvshmem=True), ids=str)
+def test_program_compiles_and_links(program, architecture: str) -> None:
+    assert_is_linked(compile_program(program, architecture))
+
+
+def test_programs_say_whether_they_need_nvshmem() -> None:
+    for nvshmem in (False, True):
+        for program in programs(nvshmem=nvshmem):
+            assert ("transport/nvshmem.cuh" in includes(program.source)) == nvshmem, program
+
+
+def test_one_file_includes_headers_of_nvshmem() -> None:
+    files = [path.as_posix() for path in source_files() if NVSHMEM_HEADER.search((cuda_src_dir() / path).read_text())]
+    assert files == ["transport/nvshmem.cuh"]
 
 
 def test_every_program_file_is_compiled() -> None:
     files = {path.as_posix() for path in source_files() if path.suffix == ".cu"}
     if importlib.util.find_spec("epcomm.kernels") is not None:
-        assert {program.source for program in programs()} == files
+        assert {program.source for nvshmem in (False, True) for program in programs(nvshmem=nvshmem)} == files
 
 
 @needs_nvrtc

@@ -20,6 +20,7 @@ from epcomm.errors import BootstrapError, CompileError, RankMismatch
 from epcomm.jit import cache, sharing
 from epcomm.jit.cache import DiskCache, cached_cubin, user_folder
 from epcomm.jit.compiler import Program
+from epcomm.jit.nvshmem_wheel import NvshmemWheel
 from epcomm.jit.sharing import share_cubins
 
 DISPATCH, COMBINE = Program("kernels/dispatch.cu"), Program("kernels/combine.cu", (("N", "8"),))
@@ -52,7 +53,7 @@ def compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(cache, "header_folders", lambda: ())
     monkeypatch.setattr(
-        cache, "compiler_options", lambda architecture, defines: [architecture, *map("=".join, defines)]
+        cache, "compiler_options", lambda architecture, defines, **_: [architecture, *map("=".join, defines)]
     )
     cache._warn_once.cache_clear()
     return fake
@@ -253,9 +254,45 @@ def test_what_a_cubin_depends_on_is_in_its_key(change, compiler, tmp_path, monke
     elif change == "nvrtc":
         monkeypatch.setattr(cache, "nvrtc_version", lambda: (13, 1))
     else:
-        monkeypatch.setattr(cache, "compiler_options", lambda architecture, defines: ["-other"])
+        monkeypatch.setattr(cache, "compiler_options", lambda architecture, defines, **_: ["-other"])
     cached_cubin(program, architecture)
     assert len(compiler.calls) == 2
+
+
+@pytest.fixture
+def nvshmem(tmp_path, monkeypatch):
+    """A wheel whose device library can be edited."""
+    wheel = NvshmemWheel(tmp_path / "nvshmem", (3, 4, 5))
+    wheel.device_library.parent.mkdir(parents=True)
+    wheel.device_library.write_text("library")
+    monkeypatch.setattr(cache, "installed_nvshmem", lambda: wheel)
+    monkeypatch.setattr(cache, "nvjitlink_version", lambda: (13, 0))
+    return wheel
+
+
+@pytest.mark.parametrize("change", ["linked", "version", "library", "linker"])
+def test_what_a_linked_cubin_depends_on_is_in_its_key(change, compiler, nvshmem, monkeypatch):
+    program = Program("a.cu", nvshmem=True)
+    for _ in range(2):
+        cached_cubin(program, "90")
+        new_process(monkeypatch)
+    assert len(compiler.calls) == 1
+    if change == "linked":
+        program = Program("a.cu")
+    elif change == "version":
+        monkeypatch.setattr(cache, "installed_nvshmem", lambda: NvshmemWheel(nvshmem.folder, (3, 5, 0)))
+    elif change == "library":
+        nvshmem.device_library.write_text("another library")
+    else:
+        monkeypatch.setattr(cache, "nvjitlink_version", lambda: (13, 1))
+    cached_cubin(program, "90")
+    assert len(compiler.calls) == 2
+
+
+def test_other_programs_do_not_ask_for_nvshmem(compiler, monkeypatch):
+    for name in ("installed_nvshmem", "nvjitlink_version"):
+        monkeypatch.setattr(cache, name, lambda: pytest.fail("asked for NVSHMEM"))
+    cached_cubin(DISPATCH, "90")
 
 
 def test_an_edit_is_seen_by_a_running_process(compiler, tmp_path):
@@ -300,6 +337,7 @@ def test_two_processes_with_one_cache(tmp_path):
 import sys
 from epcomm.jit import cache, compiler
 from epcomm.jit.compiler import Program
+from epcomm.jit.nvshmem_wheel import NvshmemWheel
 compile_program = compiler.compile_program
 def count(program, architecture):
     print("compiled")

@@ -106,6 +106,11 @@ def test_launch(driver):
     ]
 
 
+def test_kernels_of_a_cubin_are_in_one_module(driver):
+    assert [Kernel(b"count move", name, 0).module for name in ("count", "move")] == [1, 1]
+    assert Kernel(b"sum", "sum", 0).module == 2
+
+
 class FakeBindings:
     """What is used of ``cuda.bindings.driver`` to launch."""
 

@@ -1,0 +1,82 @@
+// nvshmem.cuh: puts, words and signals to any rank of any node; the only file that includes headers of NVSHMEM.
+//
+// Programs that include it are compiled relocatable and linked with NVSHMEM's device library (Program(nvshmem=True), see
+// epcomm/jit/linker.py), and their module is registered with the host library before its first launch
+// (epcomm/memory/nvshmem.py).
+//
+// Addresses are those of this rank's symmetric heap: `to` and `signal` name the place at the same offset in the heap of
+// the processing element (PE) `pe`. `from` may lie in the heap, or in any memory of this GPU where the PE is reached by
+// plain stores (NVLink, PCIe) alone.
+//
+// Order. A put_signal delivers its signal after its own bytes, and says nothing of other puts. Of what one thread issues
+// to one PE, what comes before its fence() is delivered before what comes after it; quiet() returns when all of it is
+// delivered, wherever. Whoever waits for a signal reads the word in its own memory with ptx::ld_acquire_sys, block by
+// block, in a bounded wait: NVSHMEM's own waits, and quiet(), have no bound.
+#pragma once
+
+#include <cuda/std/cstdint>
+
+// What NVSHMEM's transfer functions need is included before the renaming below, which must touch their declarations alone.
+#include <device_host/nvshmem_common.cuh>
+#include <device_host_transport/nvshmem_constants.h>
+#include <non_abi/device/threadgroup/nvshmemi_common_device_defines.cuh>
+#if __has_include(<non_abi/nvshmemi_region_types.h>)  // since 3.8
+#include <device/nvshmem_device_macros.h>
+#include <non_abi/device/common/nvshmemi_region_state.cuh>
+#include <non_abi/nvshmemi_region_types.h>
+#endif
+
+// The device library was built by nvcc, for which uint64_t is unsigned long; for NVRTC it is unsigned long long. That is
+// part of the mangled name of a function: declared in NVRTC's way, put_signal would not be found in the library.
+#define uint64_t unsigned long
+#include <non_abi/device/pt-to-pt/nvshmemi_transfer_api.cuh>
+#undef uint64_t
+
+// Point to point alone. nvshmem.h would bring the collectives: seconds of compilation, and code that NVRTC of CUDA 12.4
+// rejects.
+#include <non_abi/nvshmem_build_options.h>
+
+#include <device/nvshmem_defines.h>
+#include <device/nvshmemx_defines.h>
+
+#include "common/types.cuh"
+
+static_assert(NVSHMEM_VENDOR_VERSION >= 30405, "NVSHMEM 3.4.5 or newer is needed: see epcomm/jit/nvshmem_wheel.py");
+
+namespace epcomm::nvshmem {
+
+__device__ __forceinline__ int my_pe() { return nvshmem_my_pe(); }
+
+__device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
+
+// All lanes of a warp, with equal arguments: copy `num_bytes` to the PE, and set its word `signal` to `value` when they
+// are there. May return before; `from` is in use until then. Begins and ends with __syncwarp, so the lanes may have
+// written `from` just before.
+__device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
+                                           uint64_t value, int pe) {
+    nvshmemx_putmem_signal_nbi_warp(to, from, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
+}
+
+// All threads of a block, with equal arguments: as above, with __syncthreads.
+__device__ __forceinline__ void put_signal_block(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
+                                                 uint64_t value, int pe) {
+    nvshmemx_putmem_signal_nbi_block(to, from, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
+}
+
+// One thread: set the PE's word. Not ordered behind anything, not even this thread's loads: fence() first.
+__device__ __forceinline__ void set_signal(uint64_t* signal, uint64_t value, int pe) {
+    nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_SET, pe);
+}
+
+// One thread: write 8 aligned bytes, which arrive whole.
+__device__ __forceinline__ void put_word(uint64_t* to, uint64_t value, int pe) {
+    nvshmem_uint64_p(to, value, pe);
+}
+
+// One thread: see Order above.
+__device__ __forceinline__ void fence() { nvshmem_fence(); }
+
+// One thread: see Order above. Unbounded.
+__device__ __forceinline__ void quiet() { nvshmem_quiet(); }
+
+}  // namespace epcomm::nvshmem
