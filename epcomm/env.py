@@ -22,6 +22,7 @@ __all__ = [
     "launcher_local_rank",
     "launcher_size",
     "lookup",
+    "provide",
 ]
 
 
@@ -101,6 +102,15 @@ def launcher_local_rank() -> int | None:
 def lookup(name: str) -> str | None:
     """A variable that belongs to somebody else (PATH, HOME, CUDA_…), as text."""
     return os.environ.get(name)
+
+
+def provide(defaults: Mapping[str, str]) -> None:
+    """Set variables for a library of somebody else that reads its options there, where the user has not set them.
+
+    They stay set, since it may read them late; so child processes inherit them.
+    """
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -30,12 +30,13 @@ struct NetworkProbeReport {
 static_assert(sizeof(NetworkProbeReport) == 16, "NetworkProbeReport differs from epcomm/kernels/network_probe.py");
 
 struct NetworkProbeArgs {
-    uint64_t receive;     // symmetric: two areas of num_bytes
+    uint64_t receive;     // symmetric: two areas
     uint64_t send;        // symmetric: num_bytes
     uint64_t cells;       // symmetric: NetworkProbeCells
     uint64_t report;      // NetworkProbeReport, on this GPU
     uint64_t elapsed_ns;  // by round, on this GPU: from the put until the answer
-    uint64_t num_bytes;   // a multiple of 16
+    uint64_t area_bytes;  // the same in all launches, so that a message never comes where an earlier one is compared
+    uint64_t num_bytes;   // a multiple of 16, at most area_bytes
     uint64_t timeout_ns;
     uint64_t first;       // number of the first round: one more than that of the last round before, in these cells
     uint32_t num_rounds;
@@ -43,7 +44,7 @@ struct NetworkProbeArgs {
     int32_t next_pe, previous_pe;
     uint32_t by_block;  // the whole block sends, or one warp
 };
-static_assert(sizeof(NetworkProbeArgs) == 88, "NetworkProbeArgs differs from epcomm/kernels/network_probe.py");
+static_assert(sizeof(NetworkProbeArgs) == 96, "NetworkProbeArgs differs from epcomm/kernels/network_probe.py");
 
 // Twin: `pattern` of epcomm/kernels/network_probe.py.
 __device__ inline uint64_t pattern(uint64_t index, uint64_t round, int rank) {
@@ -76,7 +77,7 @@ __device__ NetworkProbeError exchange(const NetworkProbeArgs& args, uint64_t rou
 
 // All threads: how many words of the message differ from what the previous rank sent.
 __device__ void compare(const NetworkProbeArgs& args, uint64_t round, NetworkProbeReport* report) {
-    const uint64_t* received = pointer<uint64_t>(args.receive + round % 2 * args.num_bytes);
+    const uint64_t* received = pointer<uint64_t>(args.receive + round % 2 * args.area_bytes);
     uint32_t num_wrong = 0;
     for (uint64_t i = threadIdx.x; i < args.num_bytes / 8; i += blockDim.x) {
         num_wrong += received[i] != pattern(i, round, args.previous_rank);
@@ -95,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(256) epcomm_network_probe(const __g
         for (uint64_t i = threadIdx.x; i < args.num_bytes / 8; i += blockDim.x) send[i] = pattern(i, round, args.rank);
         __syncthreads();
         const uint64_t start_ns = ptx::globaltimer_ns();
-        void* to = pointer<void>(args.receive + round % 2 * args.num_bytes);
+        void* to = pointer<void>(args.receive + round % 2 * args.area_bytes);
         if (args.by_block) {
             nvshmem::put_signal_block(to, send, args.num_bytes, &cells->arrived, round, args.next_pe);
         } else if (warp_index() == 0) {

@@ -28,10 +28,10 @@ ENTRY = "epcomm_network_probe"
 THREADS = 256
 CELLS_BYTES = 128
 
-# receive, send, cells, report, elapsed_ns; num_bytes, timeout_ns, first;
+# receive, send, cells, report, elapsed_ns; area_bytes, num_bytes, timeout_ns, first;
 # num_rounds, rank, previous_rank, next_pe, previous_pe, by_block
-FIELDS = struct.Struct("<5Q3QI4iI")
-assert FIELDS.size == 88
+FIELDS = struct.Struct("<5Q4QI4iI")
+assert FIELDS.size == 96
 
 _REPORT = struct.Struct("<3Ii")
 REPORT_BYTES = _REPORT.size

@@ -67,7 +67,7 @@ class DeviceMemory:
                 raise
             if zeroed:
                 try:
-                    memory._fill_zero()
+                    driver.fill_zero(memory.ptr, memory.num_bytes)
                 except BaseException:
                     memory.close()
                     raise
@@ -131,16 +131,6 @@ class DeviceMemory:
             finally:
                 if handle is not None:
                     driver.status_of("cuMemRelease", handle)
-
-    def _fill_zero(self) -> None:
-        # A stream of its own: the legacy one waits for kernels of other streams, which may wait for this rank.
-        api = driver.load()
-        stream = driver.call("cuStreamCreate", int(api.CUstream_flags.CU_STREAM_NON_BLOCKING))
-        try:
-            driver.call("cuMemsetD8Async", self.ptr, 0, self.num_bytes, stream)
-            driver.call("cuStreamSynchronize", stream)
-        finally:
-            driver.status_of("cuStreamDestroy", stream)
 
 
 def _properties(device: int, shareable: bool) -> Any:

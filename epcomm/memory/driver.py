@@ -14,7 +14,7 @@ from typing import Any
 
 from epcomm.errors import EpcommError, MissingDependency
 
-__all__ = ["call", "in_context", "load", "status_of"]
+__all__ = ["call", "fill_zero", "in_context", "load", "status_of"]
 
 PIP_LINE = "pip install 'epcomm[cuda13]' (or 'epcomm[cuda12]' for a driver of CUDA 12)"
 
@@ -53,6 +53,19 @@ def call(name: str, *args: Any) -> Any:
     if status != "CUDA_SUCCESS":
         raise EpcommError(f"CUDA driver, {name}", got=status, do="run `epcomm doctor` on this machine")
     return values[0] if len(values) == 1 else values or None
+
+
+def fill_zero(ptr: int, num_bytes: int) -> None:
+    """Fill memory of the current context's device with zero bytes; blocks the host until they are there.
+
+    In a stream of its own: the legacy one waits for kernels of other streams, which may wait for this rank.
+    """
+    stream = call("cuStreamCreate", int(load().CUstream_flags.CU_STREAM_NON_BLOCKING))
+    try:
+        call("cuMemsetD8Async", ptr, 0, num_bytes, stream)
+        call("cuStreamSynchronize", stream)
+    finally:
+        status_of("cuStreamDestroy", stream)
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
 
 from epcomm import env
 from epcomm.bootstrap import Communicator, LocalCommunicator
-from epcomm.errors import BootstrapError, EpcommError
+from epcomm.errors import EpcommError
 from epcomm.memory.descriptors import exchange_descriptors
 from epcomm.memory.device import DeviceMemory
+from epcomm.memory.together import agree
 
 __all__ = ["SymmetricMemory"]
 
@@ -69,7 +69,7 @@ class SymmetricMemory:
         # The ranks of a `LocalGroup` hand each other objects, not copies.
         regions: list[_Shared | None] = comm.allgather(own)
         self._held.extend(region for region in regions if region is not None)
-        _agree(comm, failure)
+        agree(comm, failure, "device memory of the node", wanted="a region on every rank")
         memories = [region.memory for region in regions if region is not None]
         self.bases = [memory.ptr for memory in memories]
         self.sizes = [memory.num_bytes for memory in memories]
@@ -86,7 +86,7 @@ class SymmetricMemory:
         except Exception as error:
             failure = error
         try:
-            _agree(comm, failure)
+            agree(comm, failure, "device memory of the node", wanted="a region on every rank")
             assert own is not None
             self.sizes = comm.allgather(own.num_bytes)
             self.bases = [own.ptr] * comm.size
@@ -114,7 +114,7 @@ class SymmetricMemory:
         finally:
             for descriptor in received.values():
                 os.close(descriptor)
-        _agree(comm, failure)
+        agree(comm, failure, "device memory of the node", wanted="a region on every rank")
 
     def close(self) -> None:
         """Unmap all regions here. Local; never waits; a second call does nothing.
@@ -150,22 +150,3 @@ class _Shared:
             is_last = self._holders == 0
         if is_last:
             self.memory.close()
-
-
-def _agree(comm: Communicator, failure: Exception | None) -> None:
-    """Raise on all ranks if one has failed: there its own error, elsewhere `BootstrapError`. Collective."""
-    answers: list[Any] = comm.allgather(None if failure is None else f"{failure} {_notes(failure)}".rstrip())
-    if failure is not None:
-        raise failure
-    messages = {rank: answer for rank, answer in enumerate(answers) if answer is not None}
-    if messages:
-        raise BootstrapError(
-            "device memory of the node",
-            got="; ".join(f"on rank {rank}: {message}" for rank, message in messages.items()),
-            wanted="a region on every rank",
-            do="look at those ranks first",
-        )
-
-
-def _notes(failure: Exception) -> str:
-    return " ".join(f"({note})" for note in getattr(failure, "__notes__", ()))
