@@ -3,8 +3,11 @@
 import os
 
 import pytest
+from helpers import emulated_nvshmem
 from helpers.gpu import device_of_rank
 from helpers.mpi_child import JOB_VARIABLE
+
+emulated_nvshmem.install()  # before test modules ask whether NVSHMEM is there
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -85,20 +85,17 @@ class NetworkProbe:
         if not 0 < num_bytes <= self._max_bytes or num_bytes % _UNIT:
             raise ShapeError("num_bytes", got=num_bytes, wanted=f"a multiple of {_UNIT} up to {self._max_bytes}")
         cupy, rank, size = load_cupy(), self._comm.rank, self._comm.size
-        with current_device(self._group.device):
-            stream = cupy.cuda.Stream(non_blocking=True)
-            with stream:
-                report = cupy.empty(network_probe.REPORT_BYTES, np.uint8)
-                elapsed_ns = cupy.zeros(num_rounds, np.uint64)
-            pes = self._group.pe_of_rank
-            areas = self._cells + network_probe.CELLS_BYTES
+        pes, areas = self._group.pe_of_rank, self._cells + network_probe.CELLS_BYTES
+        ring = (rank, (rank - 1) % size, pes[(rank + 1) % size], pes[rank - 1])
+        with current_device(self._group.device), cupy.cuda.Stream(non_blocking=True) as stream:
+            report = cupy.empty(network_probe.REPORT_BYTES, np.uint8)
+            elapsed_ns = cupy.zeros(num_rounds, np.uint64)
             where = (areas, areas + 2 * self._max_bytes, self._cells, report.data.ptr, elapsed_ns.data.ptr)
             what = (self._max_bytes, num_bytes, math.ceil(timeout_s * 1e9), self._num_rounds + 1, num_rounds)
-            ring = (rank, (rank - 1) % size, pes[(rank + 1) % size], pes[rank - 1])
             arguments = self._arguments.fill((*where, *what, *ring, by_block))
             self._kernel.launch(1, network_probe.THREADS, 0, stream.ptr, arguments)
-            seen = network_probe.Report.read(report.get(stream=stream).tobytes())
-            times = elapsed_ns.get(stream=stream)
+            seen = network_probe.Report.read(report.get().tobytes())
+            times = elapsed_ns.get()
         self._num_rounds += num_rounds
         problem = network_probe.ERRORS[seen.error]
         if problem:

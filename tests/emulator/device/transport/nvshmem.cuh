@@ -1,0 +1,80 @@
+// nvshmem.cuh: twin of cuda_src/transport/nvshmem.cuh. The heaps of all PEs are mapped here; what is put arrives later.
+//
+// `emulated_nvshmem` is what registering a module fills, see tests/helpers/emulated_nvshmem.py.
+#pragma once
+
+#include "common/types.cuh"
+#include "emulator/builtins.h"
+#include "emulator/network.h"
+
+namespace emulator {
+
+inline constexpr int kMaxPes = 64;
+
+struct Nvshmem {
+    epcomm::int32_t pe, num_pes;
+    epcomm::uint64_t heap_bytes;
+    epcomm::uint64_t heap[kMaxPes];  // by PE: address of its heap in this process
+};
+
+}  // namespace emulator
+
+extern "C" __attribute__((visibility("default"))) emulator::Nvshmem emulated_nvshmem;
+emulator::Nvshmem emulated_nvshmem{};
+
+namespace emulator {
+
+// The same place in the heap of `pe`.
+template <typename T> T* in_heap_of(T* address, epcomm::uint64_t num_bytes, int pe) {
+    const Nvshmem& state = emulated_nvshmem;
+    if (state.num_pes == 0) fail("NVSHMEM: the module is not registered");
+    if (pe < 0 || pe >= state.num_pes) fail("NVSHMEM: PE %d of %d", pe, state.num_pes);
+    const epcomm::uint64_t offset = reinterpret_cast<epcomm::uint64_t>(address) - state.heap[state.pe];
+    if (offset > state.heap_bytes || num_bytes > state.heap_bytes - offset) {
+        fail("NVSHMEM: %p is not in the symmetric heap", static_cast<const volatile void*>(address));
+    }
+    return reinterpret_cast<T*>(state.heap[pe] + offset);
+}
+
+}  // namespace emulator
+
+namespace epcomm::nvshmem {
+
+inline int my_pe() { return emulated_nvshmem.pe; }
+
+inline int num_pes() { return emulated_nvshmem.num_pes; }
+
+inline void set_signal(uint64_t* signal, uint64_t value, int pe) {
+    emulator::yield();
+    emulator::Network::instance().send({nullptr, nullptr, 0, emulator::in_heap_of(signal, 8, pe), value, pe, 0});
+}
+
+inline void put_word(uint64_t* to, uint64_t value, int pe) { set_signal(to, value, pe); }
+
+inline void fence() { emulator::Network::instance().fence(); }
+
+inline void quiet() {
+    while (!emulator::Network::instance().is_quiet()) {
+        emulator::yield();
+        sched_yield();
+    }
+}
+
+inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value, int pe) {
+    __syncwarp();
+    if (lane_index() == 0) {
+        char* there = emulator::in_heap_of(static_cast<char*>(to), num_bytes, pe);
+        uint64_t* word = emulator::in_heap_of(signal, 8, pe);
+        emulator::Network::instance().send({there, static_cast<const char*>(from), num_bytes, word, value, pe, 0});
+    }
+    __syncwarp();
+}
+
+inline void put_signal_block(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value,
+                             int pe) {
+    __syncthreads();
+    if (warp_index() == 0) put_signal(to, from, num_bytes, signal, value, pe);
+    __syncthreads();
+}
+
+}  // namespace epcomm::nvshmem
