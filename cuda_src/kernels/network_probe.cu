@@ -1,8 +1,8 @@
 // network_probe.cu: do puts and signals of NVSHMEM work between these ranks, and how long does a message take?
 //
 // The ranks form a ring. In each round a rank sends a message to the next one, which answers as soon as the signal is
-// there, and then compares every word. Messages go to two areas in turn, so that the next one may come meanwhile: a rank
-// answers a round after it has compared the one before.
+// there, and then compares every word. Messages go to two areas in turn, so that the next one may come meanwhile: a
+// rank answers a round after it has compared the one before.
 //
 // Grid: one block. Every wait ends after `timeout_ns`; what went wrong is in the report.
 #include "ptx/memory.cuh"

@@ -1,22 +1,23 @@
 // nvshmem.cuh: puts, words and signals to any rank of any node; the only file that includes headers of NVSHMEM.
 //
-// Programs that include it are compiled relocatable and linked with NVSHMEM's device library (Program(nvshmem=True), see
-// epcomm/jit/linker.py), and their module is registered with the host library before its first launch
+// Programs that include it are compiled relocatable and linked with NVSHMEM's device library (Program(nvshmem=True),
+// see epcomm/jit/linker.py), and their module is registered with the host library before its first launch
 // (epcomm/memory/nvshmem.py).
 //
 // Addresses are those of this rank's symmetric heap: `to` and `signal` name the place at the same offset in the heap of
 // the processing element (PE) `pe`. `from` may lie in the heap, or in any memory of this GPU where the PE is reached by
 // plain stores (NVLink, PCIe) alone.
 //
-// Order. A put_signal delivers its signal after its own bytes, and says nothing of other puts. Of what one thread issues
-// to one PE, what comes before its fence() is delivered before what comes after it; quiet() returns when all of it is
-// delivered, wherever. Whoever waits for a signal reads the word in its own memory with ptx::ld_acquire_sys, block by
-// block, in a bounded wait: NVSHMEM's own waits, and quiet(), have no bound.
+// Order. A put_signal delivers its signal after its own bytes, and says nothing of other puts: those of a warp or block
+// are ordered by waiting for their signals alone. Of the words and signals that one thread sends to one PE, what comes
+// before its fence() is delivered before what comes after it; quiet() returns when all that it has sent is delivered.
+// Whoever waits for a signal reads the word in its own memory with ptx::ld_acquire_sys, block by block, in a bounded
+// wait: NVSHMEM's own waits, and quiet(), have no bound, nor has a put that finds the network card's queue full.
 #pragma once
 
 #include <cuda/std/cstdint>
 
-// What NVSHMEM's transfer functions need is included before the renaming below, which must touch their declarations alone.
+// What NVSHMEM's transfer functions need comes before the renaming below, which must touch their declarations alone.
 #include <device_host/nvshmem_common.cuh>
 #include <device_host_transport/nvshmem_constants.h>
 #include <non_abi/device/threadgroup/nvshmemi_common_device_defines.cuh>
@@ -26,8 +27,8 @@
 #include <non_abi/nvshmemi_region_types.h>
 #endif
 
-// The device library was built by nvcc, for which uint64_t is unsigned long; for NVRTC it is unsigned long long. That is
-// part of the mangled name of a function: declared in NVRTC's way, put_signal would not be found in the library.
+// The device library was built by nvcc, for which uint64_t is unsigned long; for NVRTC it is unsigned long long. That
+// is part of the mangled name of a function: declared in NVRTC's way, put_signal would not be found in the library.
 #define uint64_t unsigned long
 #include <non_abi/device/pt-to-pt/nvshmemi_transfer_api.cuh>
 #undef uint64_t

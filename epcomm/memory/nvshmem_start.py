@@ -27,6 +27,7 @@ from epcomm.memory.together import agree
 
 __all__ = ["Instance", "add_block", "dotted", "no_room", "start_or_join"]
 
+_PAGE = 2 << 20  # of GPU memory
 _SIZE_TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", re.IGNORECASE)
 _SIZE_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -182,7 +183,8 @@ def _bootstrap(comm: Communicator, device: int) -> Instance:
 
 def _set_environment(heap_bytes: int, *, is_one_host: bool) -> None:
     """Options that NVSHMEM reads when it starts; those that the user has set stay."""
-    defaults = {"NVSHMEM_SYMMETRIC_SIZE": str(heap_bytes + 2 * UNIT), "NVSHMEM_DISABLE_NVLS": "1"}
+    size = -(-(heap_bytes + UNIT) // _PAGE) * _PAGE
+    defaults = {"NVSHMEM_SYMMETRIC_SIZE": str(size), "NVSHMEM_DISABLE_NVLS": "1"}
     if is_one_host:
         defaults["NVSHMEM_REMOTE_TRANSPORT"] = "none"  # else it looks for NICs, and fails where a plugin is missing
     env.provide(defaults)

@@ -163,7 +163,7 @@ def test_the_first_call_starts_it_and_later_ones_join(library, filled):
     group = nvshmem_group(SOLO, 3, MIB)
     assert library.calls == [("start", bytes(128), 0, 1), ("malloc", MIB + UNIT)]
     assert library.environment == {
-        "NVSHMEM_SYMMETRIC_SIZE": str(MIB + 2 * UNIT),
+        "NVSHMEM_SYMMETRIC_SIZE": str(2 * MIB),
         "NVSHMEM_DISABLE_NVLS": "1",
         "NVSHMEM_REMOTE_TRANSPORT": "none",
     }

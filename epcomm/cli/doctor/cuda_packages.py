@@ -10,12 +10,12 @@ from typing import Any
 from epcomm.cli.doctor.findings import Finding
 from epcomm.cli.doctor.gpu import driver_cuda_major
 from epcomm.cli.doctor.packages import find_library, installed, newer_or_equal, pip_line
+from epcomm.jit.nvshmem_wheel import MIN_VERSION
 
 __all__ = ["probe_compilers", "probe_cupy", "probe_nvshmem"]
 
 _CUPY = ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy")
 _NVSHMEM = ("nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13")
-_MIN_NVSHMEM = (3, 4, 5)
 
 
 def probe_cupy() -> list[Finding]:
@@ -101,8 +101,8 @@ def probe_nvshmem() -> list[Finding]:
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if len(found) > 1:
         return [Finding("nvshmem", "FAIL", f"several at once: {text}", f"pip uninstall -y {' '.join(found)}\n{advice}")]
-    if not newer_or_equal(next(iter(found.values())), _MIN_NVSHMEM):
-        wanted = ".".join(map(str, _MIN_NVSHMEM))
+    if not newer_or_equal(next(iter(found.values())), MIN_VERSION):
+        wanted = ".".join(map(str, MIN_VERSION))
         return [Finding("nvshmem", "FAIL", f"{text}; needs {wanted} or newer", advice)]
     wanted_files = {"host library": "libnvshmem_host.so.3", "device archive": "libnvshmem_device.a"}
     absent = [f"{role} {name}" for role, name in wanted_files.items() if not find_library(name)]

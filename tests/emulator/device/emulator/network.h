@@ -1,5 +1,5 @@
-// network.h: what NVSHMEM has taken and not yet delivered. A thread of its own delivers it, late and in any order that a
-// fence does not forbid, and reads what is sent only then: as a network does, and the copies within a host do not.
+// network.h: what NVSHMEM has taken and not yet delivered. A thread of its own delivers it, late and in any order that
+// a fence does not forbid, and reads what is sent only then: as a network does, and copies within a host do not.
 #pragma once
 
 #include <vector>
