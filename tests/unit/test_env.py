@@ -110,6 +110,14 @@ def test_only_one_file_reads_the_environment(tmp_path):
     assert readers_of_the_environment(PACKAGE) == ["env.py"]
 
 
+def test_what_the_user_has_set_for_a_library_stays(monkeypatch):
+    monkeypatch.setenv("NVSHMEM_A", "")  # so that it is put back
+    monkeypatch.delenv("NVSHMEM_A")
+    monkeypatch.setenv("NVSHMEM_B", "the user's")
+    env.provide({"NVSHMEM_A": "1", "NVSHMEM_B": "2"})
+    assert [env.lookup(name) for name in ("NVSHMEM_A", "NVSHMEM_B")] == ["1", "the user's"]
+
+
 def variables_mentioned(folder: Path) -> set[str]:
     """Names of variables in the sources below `folder`, in code, docstrings and comments."""
     text = "".join(path.read_text() for path in folder.rglob("*.py"))
