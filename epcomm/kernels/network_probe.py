@@ -16,7 +16,7 @@ __all__ = [
     "ERRORS",
     "FIELDS",
     "PROGRAM",
-    "REPORT_BYTES",
+    "REPORT",
     "THREADS",
     "Report",
     "heap_bytes",
@@ -33,8 +33,7 @@ CELLS_BYTES = 128
 FIELDS = struct.Struct("<5Q4QI4iI")
 assert FIELDS.size == 96
 
-_REPORT = struct.Struct("<3Ii")
-REPORT_BYTES = _REPORT.size
+REPORT = struct.Struct("<3Ii")  # error, num_done, num_wrong, awaited_pe
 
 # By the number in the report.
 ERRORS = (
@@ -55,8 +54,8 @@ class Report(NamedTuple):
 
     @classmethod
     def read(cls, data: bytes) -> Report:
-        """From `REPORT_BYTES` bytes of the GPU's memory."""
-        return cls(*_REPORT.unpack(data))
+        """From the bytes of the struct."""
+        return cls(*REPORT.unpack(data))
 
 
 def heap_bytes(num_bytes: int) -> int:

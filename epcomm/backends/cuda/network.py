@@ -88,7 +88,7 @@ class NetworkProbe:
         pes, areas = self._group.pe_of_rank, self._cells + network_probe.CELLS_BYTES
         ring = (rank, (rank - 1) % size, pes[(rank + 1) % size], pes[rank - 1])
         with current_device(self._group.device), cupy.cuda.Stream(non_blocking=True) as stream:
-            report = cupy.empty(network_probe.REPORT_BYTES, np.uint8)
+            report = cupy.empty(network_probe.REPORT.size, np.uint8)
             elapsed_ns = cupy.zeros(num_rounds, np.uint64)
             where = (areas, areas + 2 * self._max_bytes, self._cells, report.data.ptr, elapsed_ns.data.ptr)
             what = (self._max_bytes, num_bytes, math.ceil(timeout_s * 1e9), self._num_rounds + 1, num_rounds)
