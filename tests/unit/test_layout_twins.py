@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from helpers.nvrtc import compile_cubin, needs_offsetof
+from helpers.nvrtc import compile_cubin, needs_nvshmem, needs_offsetof
 
 from epcomm.backends.cuda import page
 from epcomm.config import MAX_LOW_LATENCY_PIECE, NUM_LOW_LATENCY_SLOTS
@@ -24,6 +24,7 @@ from epcomm.kernels import (
     low_latency_combine,
     low_latency_dispatch,
     low_latency_service,
+    network_probe,
     window,
 )
 
@@ -296,3 +297,30 @@ def test_every_window_fits():
         assert 2 * num_ranks * cut.area_bytes <= window.WINDOW_BYTES
         assert cut.area_bytes % layout.UNIT == 0
         assert 0 < cut.num_slots * cut.slot_bytes <= cut.area_bytes
+
+
+NETWORK_PROBE = {
+    "NetworkProbeArgs": (
+        network_probe.FIELDS,
+        words(
+            "receive send cells report elapsed_ns area_bytes num_bytes timeout_ns first num_rounds rank previous_rank "
+            "next_pe previous_pe by_block"
+        ),
+    ),
+    "NetworkProbeReport": (network_probe.REPORT, words("error num_done num_wrong awaited_pe")),
+}
+
+
+@needs_offsetof
+@needs_nvshmem
+def test_network_probe():
+    assertions = same(f"sizeof(NetworkProbeCells) == {network_probe.CELLS_BYTES}")
+    for name, (fields, names) in NETWORK_PROBE.items():
+        assertions += same(f"sizeof({name}) == {fields.size}")
+        for field, (offset, num_bytes, is_signed) in zip(names, packed_fields(fields), strict=True):
+            value = f"(({name}*)0)->{field}"
+            assertions += same(f"__builtin_offsetof({name}, {field}) == {offset} /* {field} */")
+            assertions += same(f"sizeof({value}) == {num_bytes} /* {field} */")
+            assertions += same(f"is_signed({value}) == {str(is_signed).lower()} /* {field} */")
+    source = f'#include "{network_probe.PROGRAM.source}"\nnamespace epcomm {{{IS_SIGNED}{assertions}}}\n'
+    compile_cubin(source, "90", nvshmem=True)
