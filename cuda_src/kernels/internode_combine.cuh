@@ -74,8 +74,44 @@ __device__ inline bool find_places(const InternodeCombineArgs& args, Shared& sha
            (args.num_topk == 0 || weights + num_rows * args.num_topk * 4 <= comm.region_bytes);
 }
 
+// How the pieces of a token follow one another: those of local ranks, of the nodes before this one, and of those behind.
+struct Order {
+    int num_near, num_before, num_behind;
+
+    __device__ Order(int num_near, int num_before, int num_behind)
+        : num_near(num_near), num_before(num_before), num_behind(num_behind) {}
+    // `lanes`: those that have a piece; they stand for a `Destination` each.
+    __device__ Order(const InternodeCombineArgs& args, uint32_t lanes) {
+        const int num_local = args.nodes.ranks_per_node;
+        num_near = __popc(lanes & ((1u << num_local) - 1));
+        num_before = __popc(lanes & ((1u << (num_local + args.nodes.own)) - 1)) - num_near;
+        num_behind = __popc(lanes) - num_near - num_before;
+    }
+};
+
+// All lanes: add the pieces that the pipe has, those of the own node for themselves and rounded; biases come first, from two
+// addresses that may be 0. Nothing is unrolled more than it takes: warps of two roles share the instruction cache of an SM,
+// and with loops unrolled by four a call took half as long again.
+__device__ __forceinline__ void sum_pieces(const PullPipe<kStages>& pipe, const Order& order, uint32_t num_bytes, uint64_t bias,
+                                        uint64_t second_bias, uint64_t out) {
+    for (uint32_t at = lane_index() * sizeof(Vector); at < num_bytes; at += kPullUnit) {
+        Sum near, sum;
+#pragma unroll 2
+        for (int k = 0; k < order.num_near; ++k) near.add(pipe.get(k, at));
+        if (bias != 0) sum.add(*pointer<const Vector>(bias + at));
+        if (second_bias != 0) sum.add(*pointer<const Vector>(second_bias + at));
+        const int behind = order.num_near + order.num_before, end = behind + order.num_behind;
+#pragma unroll 1
+        for (int k = order.num_near; k < behind; ++k) sum.add(pipe.get(k, at));
+        sum.add(near.rounded());  // +0 if there is none, which changes no bit
+#pragma unroll 1
+        for (int k = behind; k < end; ++k) sum.add(pipe.get(k, at));
+        *pointer<Vector>(out + at) = sum.rounded();
+    }
+}
+
 // All lanes: float32 [num_topk] from each address that is not 0, summed in the order of the lanes; lane k has element k.
-__device__ inline float sum_floats(uint64_t address, int count) {
+__device__ __noinline__ float sum_floats(uint64_t address, int count) {
     constexpr int kBatch = 8;
     const int lane = lane_index();
     float sum = 0.0f;

@@ -24,13 +24,7 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Share
     pull_rows(pipe, args.row_bytes, num_tokens, address, [&](const PulledPiece& piece) {
         if (piece.lanes == 0) return;  // the node has no row of this token
         const uint64_t to = answer + static_cast<uint64_t>(piece.row) * args.answered.row_bytes;
-        const int count = __popc(piece.lanes);
-        for (uint32_t at = lane * sizeof(Vector); at < piece.num_bytes; at += kPullUnit) {
-            Sum sum;
-#pragma unroll 4
-            for (int k = 0; k < count; ++k) sum.add(pipe.get(k, at));
-            *pointer<Vector>(to + piece.begin + at) = sum.rounded();
-        }
+        sum_pieces(pipe, {__popc(piece.lanes), 0, 0}, piece.num_bytes, 0, 0, to + piece.begin);
         if (piece.begin != 0 || args.num_topk == 0) return;
         const float weight = sum_floats(local_weights_at(args, shared, lane, row_of(piece.row)), args.num_topk);
         if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;

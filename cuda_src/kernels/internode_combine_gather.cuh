@@ -83,35 +83,6 @@ __device__ inline bool await_answers(const InternodeCombineArgs& args, const Cal
     return true;
 }
 
-// How the pieces of a token follow one another: those of local ranks, of the nodes before this one, and of those behind.
-struct Order {
-    int num_near, num_before, num_behind;
-
-    __device__ Order(const InternodeCombineArgs& args, uint32_t lanes) {
-        const int num_local = args.nodes.ranks_per_node, own = args.nodes.own;
-        num_near = __popc(lanes & ((1u << num_local) - 1));
-        num_before = __popc(lanes & ((1u << (num_local + own)) - 1)) - num_near;
-        num_behind = __popc(lanes) - num_near - num_before;
-    }
-};
-
-// Any lane: the sum of 16 bytes of a token, `offset` bytes from its begin in all of them, `at` in its pieces.
-__device__ inline Sum sum_nodes(const InternodeCombineArgs& args, const PullPipe<kStages>& pipe, const Order& order,
-                                uint64_t offset, uint32_t at) {
-    Sum near, sum;
-#pragma unroll 4
-    for (int k = 0; k < order.num_near; ++k) near.add(pipe.get(k, at));
-    for (int i = 0; i < 2; ++i)
-        if (args.bias[i] != 0) sum.add(*pointer<const Vector>(args.bias[i] + offset));
-    const int far = order.num_near, behind = far + order.num_before;
-#pragma unroll 2
-    for (int k = 0; k < order.num_before; ++k) sum.add(pipe.get(far + k, at));
-    sum.add(near.rounded());  // +0 if there is none, which changes no bit
-#pragma unroll 2
-    for (int k = 0; k < order.num_behind; ++k) sum.add(pipe.get(behind + k, at));
-    return sum;
-}
-
 // All lanes: the weights of a token, likewise; lane i has where its part is, or 0.
 __device__ inline void sum_weights(const InternodeCombineArgs& args, int token, uint64_t address) {
     const int lane = lane_index(), num_local = args.nodes.ranks_per_node, own = args.nodes.own;
@@ -154,9 +125,8 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
     pull_rows(pipe, args.row_bytes, tokens.count, address, [&](const PulledPiece& piece) {
         const int token = tokens.first + piece.row;
         const uint64_t offset = static_cast<uint64_t>(token) * args.row_bytes + piece.begin;
-        const Order order(args, piece.lanes);
-        for (uint32_t at = lane * sizeof(Vector); at < piece.num_bytes; at += kPullUnit)
-            *pointer<Vector>(args.out + offset + at) = sum_nodes(args, pipe, order, offset + at, at).rounded();
+        auto bias = [&](int i) { return args.bias[i] != 0 ? args.bias[i] + offset : 0; };
+        sum_pieces(pipe, Order(args, piece.lanes), piece.num_bytes, bias(0), bias(1), args.out + offset);
         if (piece.begin != 0 || args.num_topk == 0) return;
         uint64_t rows, weights;
         places(piece.row, rows, weights);
@@ -165,10 +135,7 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
 }
 
 // The questions of a warp are this many of its units ahead of its sums, as long as there are groups for them.
-#ifndef KERNEL_AHEAD
-#define KERNEL_AHEAD 3
-#endif
-inline constexpr uint32_t kUnitsAhead = KERNEL_AHEAD;
+inline constexpr uint32_t kUnitsAhead = 3;
 
 __device__ inline bool gather(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
                               PullPipe<kStages>& pipe, const Share& share) {

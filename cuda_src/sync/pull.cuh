@@ -13,7 +13,7 @@ inline constexpr uint32_t kPullUnit = kWarp * sizeof(Vector);  // bytes that a w
 
 // The pieces of `count` rows that fit a stage together: as long as they can be, of about equal length, the last one
 // shorter. With few rows they are long, so that as much is under way as with many.
-__device__ inline uint32_t cut_for(uint32_t row_bytes, uint32_t stage_bytes, int count) {
+__device__ __noinline__ uint32_t cut_for(uint32_t row_bytes, uint32_t stage_bytes, int count) {
     if (count == 0) return row_bytes;
     const uint32_t most = max(stage_bytes / count / kPullUnit, 1u) * kPullUnit;
     const uint32_t num_pieces = (row_bytes + most - 1) / most;
@@ -137,28 +137,28 @@ __device__ inline void pull_rows(PullPipe<kStages>& pipe, uint32_t row_bytes, in
     int load_row = 0;
     uint32_t load_at = 0, piece_bytes = 0;
     uint64_t from = 0;
-    auto load_next = [&] {
-        if (load_row >= num_rows) return;
-        if (load_at == 0) {
-            from = address(load_row);
-            piece_bytes = pipe.cut(row_bytes, __popc(__ballot_sync(~0u, from != 0)));
-        }
-        pipe.load(from != 0 ? from + load_at : 0, piece_bytes, min(piece_bytes, row_bytes - load_at));
-        load_at += piece_bytes;
-        if (load_at >= row_bytes) load_at = 0, ++load_row;
-    };
-    for (int i = 0; i < kAhead; ++i) load_next();
     PulledPiece piece = {0, 0, 0, 0};
-    while (piece.row < num_rows) {
-        if (kStages > 1) load_next();
+    // One loop for all, as short as can be: warps of several roles share the instruction cache of an SM.
+#pragma unroll 1
+    for (int num_waiting = 0; piece.row < num_rows;) {
+        if (load_row < num_rows && num_waiting < kStages) {
+            if (load_at == 0) {
+                from = address(load_row);
+                piece_bytes = pipe.cut(row_bytes, __popc(__ballot_sync(~0u, from != 0)));
+            }
+            pipe.load(from != 0 ? from + load_at : 0, piece_bytes, min(piece_bytes, row_bytes - load_at));
+            load_at += piece_bytes;
+            if (load_at >= row_bytes) load_at = 0, ++load_row;
+            if (++num_waiting <= kAhead && kStages > 1) continue;
+        }
         const Pulled pulled = pipe.wait();
         piece.num_bytes = min(pulled.piece_bytes, row_bytes - piece.begin);
         piece.lanes = pulled.lanes;
         use(piece);
         pipe.release();
+        --num_waiting;
         piece.begin += pulled.piece_bytes;
         if (piece.begin >= row_bytes) piece.begin = 0, ++piece.row;
-        if (kStages == 1) load_next();
     }
 }
 

@@ -10,6 +10,7 @@
 // ranks meet, and every message of a call is taken before.
 #pragma once
 
+#include "ptx/bulk.cuh"
 #include "sync/call.cuh"
 
 namespace epcomm {

@@ -21,11 +21,12 @@ ENTRY = "epcomm_internode_combine"
 _MAX_WARPS = 16
 _PIECE_UNIT = 512  # bytes: a warp reads 16 bytes a lane
 _CHOICES = 8
-_UNIT_BYTES = 56 << 10  # of rows of an answer
+_UNIT_BYTES = 112 << 10  # of rows of an answer: each takes a fence and a question
 WANTED_GROUPS = 512
 
-# area, ranks_per_node, num_nodes, own, local; asked: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused;
-# answered: likewise; entry: rows, weights, num_tokens, unused, agreed[12];
+# area, ranks_per_node, num_nodes, own, local;
+# asked: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused; answered: likewise;
+# entry: rows, weights, num_tokens, unused, agreed[12];
 # x, x_weights, send_pos, rank_prefix, bias[2], out, out_weights;
 # row_bytes, stage_bytes, answer_weights, num_topk, num_worst_tokens, num_gathering
 FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I8Q3I3i")
@@ -52,8 +53,8 @@ class Messages(NamedTuple):
 def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int) -> Shape:
     """Stages for pieces from the ranks of a node and from the other nodes, at least `_PIECE_UNIT` bytes of each.
 
-    Warps gather and answer in about the proportion of the rows that they read and write, with eight choices a token over
-    all ranks.
+    Warps gather and answer in about the proportion of the rows that they read and write, with eight choices a token
+    over all ranks.
 
     Args:
         row_bytes: bytes of a row.

@@ -18,15 +18,16 @@ STAGES = 2
 PROGRAM = Program("kernels/internode_dispatch.cu", (("KERNEL_STAGES", str(STAGES)),))
 ENTRY = "epcomm_internode_dispatch"
 _MAX_ROW_WARPS = 16  # half of them send, half of them forward
-_BYTES_UNDER_WAY = 7_340_032
+# As in `epcomm.kernels.dispatch`; a warp waits for its rows at the end of each message, so more are under way.
+_BYTES_UNDER_WAY = 14 << 20
 _MAX_PIECE = 14336  # bytes
-_SENDING = 1.0  # what a row takes to be sent, where forwarding one takes 1
 _UNIT_BYTES = 32 << 10  # of rows of a message: less is bound by latency, more comes late
 _BESIDE_TOKENS = 8
 WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
 
-# area, ranks_per_node, num_nodes, own, local; rows: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused;
-# beside: likewise; entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
+# area, ranks_per_node, num_nodes, own, local;
+# rows: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused; beside: likewise;
+# entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
 # x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
 # node_counts; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
 # num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders
@@ -61,7 +62,7 @@ def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int) -> Sh
     if memory:
         wanted = round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
         warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_ROW_WARPS, wanted)))
-    senders = max(1, min(warps - 1, round(warps * _SENDING / (_SENDING + num_nodes - 1))))
+    senders = max(1, min(warps - 1, round(warps / num_nodes)))
     threads = 32 * (warps + 2 * BESIDE_WARPS)
     return Shape(pieces, senders, warps - senders, threads, pipe_bytes(warps, STAGES, stage_bytes))
 

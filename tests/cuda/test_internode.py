@@ -7,12 +7,19 @@ import random
 import pytest
 from helpers import checks, internode
 from helpers.calls import TIMEOUT_S, error_of
-from helpers.cases import CASES, PLACING_CASES, Case, row_major_scales
+from helpers.cases import (
+    CASES,
+    LOW_LATENCY_CASES,
+    PLACING_CASES,
+    PRE_REDUCE_CASES,
+    Case,
+    row_major_scales,
+)
 from helpers.frames import CUPY, assign, down
 from helpers.gpu import busy, need_gpu
 
 from epcomm import Buffer
-from epcomm.errors import CapacityError
+from epcomm.errors import CapacityError, PeerError
 from epcomm.kernels.rings import words_bytes
 from epcomm.testing import assert_bitwise
 
@@ -236,6 +243,18 @@ def test_a_graph_with_other_rows_each_time(buffer_of, comm):
     comm.barrier()
 
 
+@pytest.mark.ranks((4, 6))
+def test_low_latency_as_on_one_node(comm, num_ranks):
+    """Rows of all nodes lie in the same places, beside calls of the other mode."""
+    with Buffer(
+        comm, 64 << 20, NETWORK_BYTES, low_latency_mode=True, backend="cuda", ranks_per_node=2, timeout_s=TIMEOUT_S
+    ) as buffer:
+        for case in (*LOW_LATENCY_CASES[:3], *PRE_REDUCE_CASES[:1]):
+            checks.low_latency_round_trip(buffer, case.inputs(num_ranks))
+            checks.round_trip(buffer, UNIFORM.inputs(num_ranks))
+        comm.barrier()
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +275,9 @@ def test_outputs_without_room_in_the_arena(comm):
     with make_buffer(comm, 2, num_nvl_bytes=4096) as buffer:
         inputs = BY_NAME["hidden_7168"].inputs(comm.size)
         error = error_of(lambda: checks.dispatch(buffer, inputs))
-        assert isinstance(error, CapacityError) and "num_nvl_bytes" in str(error)
+        assert isinstance(error, CapacityError)
+        assert "num_nvl_bytes" in str(error)
+        CUPY.synchronize()
+        assert isinstance(error_of(buffer.check), PeerError)  # the other ranks have no room either
         checks.round_trip(buffer, Case("tiny", hidden=8, tokens=(2, 1), num_topk=2).inputs(comm.size))
         comm.barrier()

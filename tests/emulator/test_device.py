@@ -12,7 +12,7 @@ from emulator.compiler import DEVICE, CompilationFailed, compile_text
 from helpers.emulation import Emulated, needs_compiler
 
 from epcomm.jit.source import cuda_src_dir
-from epcomm.kernels import PROGRAMS
+from epcomm.kernels import INTERNODE_PROGRAMS, PROGRAMS
 
 pytestmark = [needs_compiler, pytest.mark.slow]
 
@@ -41,7 +41,7 @@ def test_the_twins_declare_what_the_kernels_have(name):
 
 
 @pytest.mark.slow  # tests/cuda compiles all of it for sm_90
-@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+@pytest.mark.parametrize("program", [*PROGRAMS, *INTERNODE_PROGRAMS], ids=str)
 def test_programs_compile_without_a_copy_engine(program):
     options = ["-arch=sm_80", *(f"-D{name}={value}" for name, value in program.defines), f"-I{cuda_src_dir()}"]
     text = (cuda_src_dir() / program.source).read_text()

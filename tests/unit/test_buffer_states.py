@@ -20,6 +20,7 @@ from helpers.calls import (
 )
 
 from epcomm import Buffer, Communicator, env, run_local
+from epcomm.bootstrap import topology
 from epcomm.errors import (
     BootstrapError,
     BufferBroken,
@@ -99,21 +100,22 @@ def test_ranks_that_disagree_about_settings(name, values):
     run_local(3, program)
 
 
-@pytest.mark.parametrize("need", ["gpu", "one_node"])
+@pytest.mark.parametrize("need", ["gpu", "one_host"])
 def test_what_one_rank_lacks_for_cuda(need, monkeypatch):
     """ "cuda" raises on all ranks, "auto" takes the host backend on all of them."""
     monkeypatch.delenv("EPCOMM_BACKEND", raising=False)
     missing = {}
     monkeypatch.setattr("epcomm.backends.cuda.why_not", lambda: missing[threading.get_ident()])
-    settings = {"ranks_per_node": 1} if need == "one_node" else {}
-    reason = {"gpu": "rank 1: no GPU", "one_node": "rank 0: ranks on 3 n"}
+    if need == "one_host":
+        monkeypatch.setattr(topology, "host_identity", lambda: f"host {threading.get_ident()}")
+    reason = {"gpu": "rank 1: no GPU", "one_host": "rank 0: ranks on 3 hosts"}
 
     def program(comm):
         missing[threading.get_ident()] = "no GPU" if need == "gpu" and comm.rank == 1 else ""
-        caught = error_of(lambda: construct(comm, backend="cuda", **settings))
+        caught = error_of(lambda: construct(comm, backend="cuda"))
         assert_explains(caught, UnsupportedOption, f"^backend='cuda': got {reason[need]}.*; pass backend='host'")
         assert comm.allgather(str(caught)) == [str(caught)] * comm.size
-        with Buffer(comm, timeout_s=TIMEOUT_S, **settings) as buffer:
+        with Buffer(comm, timeout_s=TIMEOUT_S) as buffer:
             assert buffer.backend == "host"
             moe.assert_works(buffer)
 

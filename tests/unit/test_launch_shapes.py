@@ -7,8 +7,18 @@ import pytest
 from epcomm import config
 from epcomm.backends.cuda.placement import default_num_sms
 from epcomm.errors import CapacityError
-from epcomm.kernels import arguments, combine, dispatch, dispatch_layout, low_latency, low_latency_dispatch
+from epcomm.kernels import (
+    arguments,
+    combine,
+    dispatch,
+    dispatch_layout,
+    internode_combine,
+    internode_dispatch,
+    low_latency,
+    low_latency_dispatch,
+)
 from epcomm.kernels.layout import MAX_RANKS, UNIT
+from epcomm.kernels.rings import MAX_GROUPS, Message, Rings, words_bytes
 from epcomm.kernels.rows import Pieces, stage_memory
 from epcomm.kernels.window import PARTS, WINDOW_BYTES, Window
 
@@ -157,3 +167,67 @@ def test_a_row_that_is_larger_than_a_window():
 def test_default_number_of_sms(sms, ranks_on_gpu, wanted):
     assert default_num_sms(sms, ranks_on_gpu) == wanted
     assert wanted * ranks_on_gpu <= max(sms, ranks_on_gpu)
+
+
+# -- several nodes ----------------------------------------------------------------------------------------------------
+
+NODES = [(1, 2), (2, 1), (2, 2), (4, 2), (2, 4), (1, 8), (8, 2), (8, 4), (16, 2), (1, 32)]  # ranks of a node, nodes
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("per_node", "num_nodes"), NODES)
+def test_internode_dispatch(per_node, num_nodes, memory):
+    for blocks_on_gpu in (1, 24, 128):
+        for row_bytes in ROW_BYTES:
+            shape = internode_dispatch.shape(row_bytes, num_nodes, memory, blocks_on_gpu)
+            assert_covers(shape.pieces, row_bytes)
+            assert_fits(shape.threads, shape.shared_bytes, memory, 768)
+            assert min(shape.senders, shape.forwarders) >= 1
+            assert shape.senders + shape.forwarders + 2 * dispatch.BESIDE_WARPS == shape.threads // 32
+            if memory:
+                warps = shape.senders + shape.forwarders
+                stages = internode_dispatch.STAGES * warps * (8 + shape.pieces.piece_bytes)
+                assert stages <= shape.shared_bytes < stages + 128
+    for row_bytes in ROW_BYTES:
+        message = internode_dispatch.rows(row_bytes, per_node)
+        assert 1 <= message.unit_tokens <= 32
+        assert message.head_bytes >= 4 * message.unit_tokens * per_node
+        assert message.row_bytes >= row_bytes
+        assert (message.head_bytes % UNIT, message.row_bytes % UNIT) == (0, 0)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("per_node", "num_nodes"), NODES)
+def test_internode_combine(per_node, num_nodes, memory):
+    for row_bytes in ROW_BYTES:
+        shape = internode_combine.shape(row_bytes, per_node, num_nodes, memory)
+        assert_fits(shape.threads, shape.shared_bytes, memory, 512)
+        assert 1 <= shape.gathering < shape.threads // 32
+        # Room for a piece from each source at once, of what a warp takes at a time at least; or for their addresses.
+        sources = per_node + num_nodes - 1
+        assert shape.stage_bytes >= sources * (min(512, row_bytes) if memory else 8)
+        assert shape.stage_bytes % (16 if memory else 8) == 0
+        messages = internode_combine.messages(row_bytes, 8, per_node)
+        assert messages.asked.unit_tokens == messages.answered.unit_tokens
+        assert messages.answered.row_bytes >= messages.weights + 4 * 8
+        assert messages.asked.row_bytes >= 4 * per_node
+
+
+def test_rings_share_what_there_is():
+    rows, beside = Message(2, 128, 14336), Message(8, 0, 352)
+    words = words_bytes(4)
+    for num_bytes in (words + (4 << 15) + 20000, words + (1 << 20), 10 << 20, 1 << 30):
+        rings = Rings(4096, num_bytes, 5, 2, 4)
+        assert rings.nodes == (4096, 2, 4, 2, 1)
+        first, second = rings.cut((rows, beside), (256, 128))
+        assert first.offset >= words
+        assert second.offset == first.offset + 4 * first.num_groups * first.group_bytes
+        assert second.offset + 4 * second.num_groups * second.group_bytes <= num_bytes
+        assert 1 <= first.num_groups <= 256
+        assert 1 <= second.num_groups <= 128
+    assert (first.num_groups, second.num_groups) == (256, 128)  # with room for all
+    assert MAX_GROUPS >= internode_combine.WANTED_GROUPS
+    with pytest.raises(CapacityError, match="num_rdma_bytes"):
+        Rings(4096, words, 0, 2, 4)
+    with pytest.raises(CapacityError, match="num_rdma_bytes"):
+        Rings(4096, words + (4 << 14), 0, 2, 4).cut((rows, beside), (256, 128))

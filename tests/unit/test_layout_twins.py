@@ -19,6 +19,8 @@ from epcomm.kernels import (
     dispatch,
     dispatch_layout,
     exchange,
+    internode_combine,
+    internode_dispatch,
     layout,
     low_latency,
     low_latency_combine,
@@ -47,6 +49,12 @@ def pieces(name: str) -> list[str]:
     return [f"{name}.row_bytes", f"{name}.piece_bytes", f"{name}.num_pieces"]
 
 
+def ring(name: str) -> list[str]:
+    fields = words("offset num_groups group_bytes head_bytes row_bytes unit_tokens unused")
+    return [f"{name}.{field}" for field in fields]
+
+
+NODES = words("nodes.area nodes.ranks_per_node nodes.num_nodes nodes.own nodes.local")
 ENTRY = (
     *("entry.rows", "entry.metadata", "entry.num_tokens", "entry.unused"),
     *array("entry.agreed", layout.NUM_ENTRY_AGREED),
@@ -74,9 +82,10 @@ STRUCTS = {
         arguments.COMM.size,
         exchange.FIELDS,
         [
-            *words("is_token_in_rank tokens_per_rank tokens_per_expert send_pos rank_prefix"),
+            *words("is_token_in_rank tokens_per_rank tokens_per_expert send_pos rank_prefix node_counts"),
             *words("num_tokens num_local_experts status tag is_awaited capacity"),
             *array("agreed", layout.NUM_AGREED),
+            *words("num_nodes unused"),
         ],
     ),
     "DispatchArgs": (
@@ -107,6 +116,38 @@ STRUCTS = {
             *words("x x_weights src_idx send_pos rank_prefix bias[0] bias[1] out out_weights"),
             *pieces("feed"),
             *words("row_bytes num_topk num_worst_tokens"),
+        ],
+    ),
+    "InternodeDispatchArgs": (
+        "kernels/internode_dispatch.cu",
+        arguments.COMM.size,
+        internode_dispatch.FIELDS,
+        [
+            *NODES,
+            *ring("rows"),
+            *ring("beside"),
+            *ENTRY,
+            *array("slot_field", 5),
+            *words("has_metadata x scales scale_stride_token scale_stride_scale"),
+            *words("topk_idx topk_weights send_pos rank_prefix"),
+            *array("out", 5),
+            "node_counts",
+            *pieces("pieces"),
+            *words("stage_bytes num_scales scale_bytes num_topk index_bytes num_local_experts"),
+            *words("num_worst_tokens is_forced has_weights num_senders num_forwarders"),
+        ],
+    ),
+    "InternodeCombineArgs": (
+        "kernels/internode_combine.cu",
+        arguments.COMM.size,
+        internode_combine.FIELDS,
+        [
+            *NODES,
+            *ring("asked"),
+            *ring("answered"),
+            *ENTRY,
+            *words("x x_weights send_pos rank_prefix bias[0] bias[1] out out_weights"),
+            *words("row_bytes stage_bytes answer_weights num_topk num_worst_tokens num_gathering"),
         ],
     ),
 }
