@@ -46,6 +46,17 @@ def test_everything_is_checked_and_measured(ranks, dtype, tmp_path):
         assert (record["floor_us"] is None) == (record["operation"] == "get_dispatch_layout")
 
 
+def test_nodes_are_checked_and_measured(tmp_path):
+    file = tmp_path / "lines.json"
+    done = epcomm("bench", "--ranks=4", "--ranks-per-node=2", "--sms=4", f"--json={file}", *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 ranks on " in done.stdout
+    assert "2 virtual nodes" in done.stdout
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == 5
+    assert {record["ranks_per_node"] for record in records} == {2}
+
+
 @pytest.mark.parametrize(("ranks", "hidden", "num_rows"), [(1, 264, 6), (2, 512, 10)])
 def test_low_latency_is_checked_and_measured(ranks, hidden, num_rows, tmp_path):
     file = tmp_path / "lines.json"

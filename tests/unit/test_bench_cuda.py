@@ -79,6 +79,22 @@ def test_the_expected_sums_are_those_of_the_reference():
         assert list(checks.check_combine(np, case, routing, rank, combined)) == []
 
 
+def test_sums_of_nodes_are_rounded_first():
+    case = make_case(ranks_per_node=1)
+    topk_idx = [make_routing(case, rank)[0] for rank in range(RANKS)]
+    routing = run_local(RANKS, checks.gather_routing, case)[0]
+    y = [bits.as_rows(checks.output_bits(np, case, routing, rank), case.combine_dtype) for rank in range(RANKS)]
+    for rank, (combined, _) in enumerate(reference.combine(y, topk_idx, case.experts, ranks_per_node=1)):
+        assert list(checks.check_combine(np, case, routing, rank, combined)) == []
+
+
+def test_rows_that_cross():
+    case = make_case(ranks_per_node=1)
+    routing = run_local(RANKS, checks.gather_routing, case)[0]
+    assert routing.rows_to_other_nodes(RANKS) == 0
+    assert routing.rows_to_other_nodes(1) == routing.rows.sum() - routing.rows.trace() > 0
+
+
 # -- checks -------------------------------------------------------------------------------------------------------
 
 
@@ -87,8 +103,9 @@ def differences(case: Case, spoil: str = "") -> list[str]:
 
     def program(comm: Any) -> list[str]:
         routing = checks.gather_routing(comm, case)
-        with Buffer(comm, backend="host") as buffer, Buffer(comm, backend="host") as outside:
-            calls = Calls(np, buffer, outside, case, routing)
+        per_node = case.ranks_per_node
+        with Buffer(comm, backend="host", ranks_per_node=per_node) as buffer, Buffer(comm, backend="host") as outside:
+            calls = Calls(np, buffer, outside if per_node is None else None, case, routing)
             if spoil and comm.rank == 1:
                 right = getattr(calls, spoil)
                 setattr(calls, spoil, lambda *args: spoilt(right(*args)))
@@ -110,6 +127,10 @@ def spoilt(result: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_results_are_right(dtype):
     assert differences(make_case(dtype=dtype)) == []
+
+
+def test_right_results_of_nodes_are_right():
+    assert differences(make_case(ranks_per_node=1)) == []
 
 
 @pytest.mark.parametrize("routing", ["zipf", "grouped"])
@@ -228,7 +249,7 @@ FAKE_CUPY = SimpleNamespace(
 @pytest.fixture
 def fake_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", FAKE_CUPY)
-    monkeypatch.setattr(run, "Buffer", lambda comm, _arena, backend: Buffer(comm, backend="host"))
+    monkeypatch.setattr(run, "Buffer", lambda comm, _arena, **options: Buffer(comm, backend="host"))
     copy_speed = run.copy_speed  # of nothing: far below that of a GPU, and then floors do not fit the table
     monkeypatch.setattr(run, "copy_speed", lambda *arguments: 4.3e12 + copy_speed(*arguments))
     monkeypatch.setattr(timing, "_DELAY_US", 0)
@@ -282,7 +303,7 @@ def test_wrong_results_have_no_times(fake_gpu, monkeypatch, capsys):
 def make_run(names_us: dict[str, float], case: Case, copy_bytes_per_s: float = 4.3e12) -> run.CudaRun:
     routing = checks.Routing(*(np.stack(arrays) for arrays in _routings(case)), case.experts // case.ranks)
     calls = object.__new__(Calls)
-    calls._case, calls._routing = case, routing
+    calls._case, calls._routing, calls._outside = case, routing, object()
     machine = run.Machine("NVIDIA H200", 132, case.ranks, 1, True, "580.1", "13.0", "14.2.0", copy_bytes_per_s, None)
     measured = [
         run.Measured(operation, 16, [names_us[operation.name]], names_us[operation.name], None)
@@ -343,7 +364,7 @@ def test_defaults_are_those_of_the_backend(says_cuda):
     assert (case.backend, case.tokens, case.hidden, case.experts, case.sms) == ("cuda", 4096, 7168, 256, (8, 16))
     case = prepared("--backend=host")
     assert (case.backend, case.tokens, case.hidden, case.experts, case.sms) == ("host", 512, 1024, 64, ())
-    assert prepared("--ranks-per-node=2").backend == "host"
+    assert prepared("--ranks-per-node=2").backend == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -352,7 +373,7 @@ def test_defaults_are_those_of_the_backend(says_cuda):
         (["--sms=0"], "--sms: got 0; wanted numbers of at least 1"),
         (["--sms=8,x"], "--sms: got 8,x"),
         (["--sms=8", "--backend=host"], "--sms: got 8; wanted none with the host backend"),
-        (["--backend=cuda", "--ranks-per-node=2"], "--ranks-per-node: got 2; wanted none"),
+        (["--mode=low-latency", "--ranks-per-node=2"], "--ranks-per-node: got 2; wanted none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

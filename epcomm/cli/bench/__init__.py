@@ -89,8 +89,6 @@ def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
     from epcomm.cli.bench.case import Case
 
     backend = job.backend_here(args.backend)
-    if args.ranks_per_node is not None and args.backend == "auto":
-        backend = "host"  # virtual nodes
     tokens, hidden, experts = (
         default if given is None else given
         for given, default in zip((args.tokens, args.hidden, args.experts), _DEFAULTS[args.mode, backend], strict=True)
@@ -102,8 +100,8 @@ def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
     channels = {"fp8": 128, "fp32": 4}.get(dtype, 8)
     if hidden < 1 or hidden % channels:
         raise InputError("--hidden", got=hidden, wanted=f"a multiple of {channels} for {dtype}")
-    if args.ranks_per_node is not None and backend == "cuda":
-        raise InputError("--ranks-per-node", got=args.ranks_per_node, wanted="none: the CUDA backend has one node")
+    if args.ranks_per_node is not None and backend == "cuda" and args.mode == "low-latency":
+        raise InputError("--ranks-per-node", got=args.ranks_per_node, wanted="none: it is the same on any nodes")
     if args.json is not None:
         job.check_output_file("--json", args.json)
     return Case(

@@ -47,6 +47,11 @@ class Case:
     sms: tuple[int, ...] = ()
 
     @property
+    def num_nodes(self) -> int:
+        """Virtual ones; ranks of several hosts are not counted."""
+        return self.ranks // (self.ranks_per_node or self.ranks)
+
+    @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of one fp8 row."""
         return 4 * (self.hidden // FP8_BLOCK)

@@ -47,12 +47,12 @@ class Calls:
     Args:
         xp: cupy (numpy in tests).
         buffer: with room in its arena.
-        outside: without an arena: all that it moves goes through windows.
+        outside: without an arena: all that it moves goes through windows; None on several nodes, where there are none.
         case: the sizes.
         routing: of all ranks.
     """
 
-    def __init__(self, xp: Any, buffer: Buffer, outside: Buffer, case: Case, routing: checks.Routing) -> None:
+    def __init__(self, xp: Any, buffer: Buffer, outside: Buffer | None, case: Case, routing: checks.Routing) -> None:
         self._xp, self._buffer, self._outside, self._case, self._routing = xp, buffer, outside, case, routing
         self._rank = buffer.rank
         self._download: Callable[[Any], Any] = getattr(xp, "asnumpy", np.asarray)
@@ -64,9 +64,10 @@ class Calls:
         self._layout = self.layout()
         self._renew()
         self._handle = self.dispatch(buffer).handle
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="no room in the arena")  # that is what it is for
-            self._outside_handle = self.dispatch(outside).handle
+        if outside is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="no room in the arena")  # that is what it is for
+                self._outside_handle = self.dispatch(outside).handle
         bits = checks.output_bits(xp, case, routing, self._rank)
         self._y = as_rows(bits, case.combine_dtype)
         self._y_in_arena = buffer.get_combine_buffer(self._handle, case.combine_dtype)
@@ -103,7 +104,12 @@ class Calls:
     def cached_dispatch(self) -> DispatchResult:
         return self._buffer.dispatch(self._payload, handle=self._handle, config=self.config)
 
+    def dispatch_outside(self) -> DispatchResult:
+        assert self._outside is not None
+        return self.dispatch(self._outside)
+
     def cached_dispatch_outside(self) -> DispatchResult:
+        assert self._outside is not None
         return self._outside.dispatch(self._payload, handle=self._outside_handle, config=self.config)
 
     def combine_in_arena(self) -> Any:
@@ -114,6 +120,7 @@ class Calls:
         return self._buffer.combine(self._y, self._handle, config=self.config).combined_x
 
     def combine_by_window(self) -> Any:
+        assert self._outside is not None
         return self._outside.combine(self._y, self._outside_handle, config=self.config).combined_x
 
     # -- checks ---------------------------------------------------------------------------------------------------
@@ -127,18 +134,19 @@ class Calls:
         dispatches: list[tuple[str, Callable[[], DispatchResult]]] = [
             ("dispatch", lambda: self.dispatch(self._buffer)),
             ("dispatch, cached", self.cached_dispatch),
-            ("dispatch, outside", lambda: self.dispatch(self._outside)),
-            ("dispatch, cached, outside", self.cached_dispatch_outside),
         ]
+        combines = [("combine, in the arena", self.combine_in_arena), ("combine", self.combine)]
+        if self._outside is not None:
+            dispatches += [
+                ("dispatch, outside", self.dispatch_outside),
+                ("dispatch, cached, outside", self.cached_dispatch_outside),
+            ]
+            combines.append(("combine, by window", self.combine_by_window))
         for name, call in dispatches:
             self._renew()
             texts = checks.check_dispatch(self._xp, self._download, case, routing, rank, self._seed, call())
             found += [f"{name}: {text}" for text in texts]
-        for name, combine in (
-            ("combine, in the arena", self.combine_in_arena),
-            ("combine", self.combine),
-            ("combine, by window", self.combine_by_window),
-        ):
+        for name, combine in combines:
             found += [f"{name}: {text}" for text in checks.check_combine(self._xp, case, routing, rank, combine())]
         return found
 
@@ -149,23 +157,26 @@ class Calls:
 
         The floor of an operation whose results lie in the arena is to read the source rows once and to write the
         received rows once (combine: the other way round). Outside of it every received row is also written to memory
-        that peers address, and read from there.
+        that peers address, and read from there. A row that crosses to another node is also written to a ring, and read.
         """
         case, rows = self._case, self._routing.rows
         num_tokens, num_rows, num_own = case.tokens * case.ranks, int(rows.sum()), int(rows.trace())
         row = case.hidden * DTYPES[case.dtype].itemsize + (case.scale_bytes if case.dtype == "fp8" else 0)
         back = case.hidden * case.combine_dtype.itemsize
         whole = row + case.topk * _TOPK_BYTES
+        far = self._routing.rows_to_other_nodes(case.ranks_per_node or case.ranks)
 
         def operation(name: str, moved: int, crossings: int, floor_row: int, *, waits: bool = False) -> Operation:
-            floor = (num_tokens + crossings * num_rows) * floor_row
+            floor = (num_tokens + crossings * num_rows + 2 * far) * floor_row
             return Operation(name, waits, num_rows * moved, (num_rows - num_own) * moved, floor)
 
         yield Operation("get_dispatch_layout", False, 0, 0, 0), self.layout
         yield operation("dispatch", whole, 1, row, waits=True), lambda: self.dispatch(self._buffer)
         yield operation("dispatch, cached", row, 1, row), self.cached_dispatch
-        yield operation("dispatch, outside", whole, 3, row, waits=True), lambda: self.dispatch(self._outside)
-        yield operation("dispatch, cached, outside", row, 3, row), self.cached_dispatch_outside
+        if self._outside is not None:
+            yield operation("dispatch, outside", whole, 3, row, waits=True), self.dispatch_outside
+            yield operation("dispatch, cached, outside", row, 3, row), self.cached_dispatch_outside
         yield operation("combine, in the arena", back, 1, back), self.combine_in_arena
         yield operation("combine", back, 3, back), self.combine
-        yield operation("combine, by window", back, 3, back), self.combine_by_window
+        if self._outside is not None:
+            yield operation("combine, by window", back, 3, back), self.combine_by_window

@@ -53,6 +53,13 @@ class Routing:
         counts: NDArray[np.int64] = self.is_token_in_rank.sum(axis=1, dtype=np.int64)
         return counts
 
+    def rows_to_other_nodes(self, ranks_per_node: int) -> int:
+        """Of all ranks together: how often a token has to cross to another node, once for each that wants it."""
+        marks, num_ranks = self.is_token_in_rank, self.topk_idx.shape[0]
+        in_node = np.logical_or.reduce(marks.reshape(*marks.shape[:2], -1, ranks_per_node), axis=3)
+        own = sum(int(in_node[rank, :, rank // ranks_per_node].sum()) for rank in range(num_ranks))
+        return int(in_node.sum()) - own
+
 
 def gather_routing(comm: Communicator, case: Case) -> Routing:
     """Every rank makes its own part. Collective."""
@@ -130,6 +137,9 @@ def _check_beside(
     yield from _small("weights", download(got.recv_topk_weights), np.where(is_local, weights, np.float32(0)))
     per_expert = np.bincount(chosen[is_local], minlength=routing.num_local)
     yield from _small("tokens per expert", np.array(got.num_recv_tokens_per_expert_list), per_expert)
+    if got.handle.ranks_per_node < len(sent):
+        yield from _small("prefix sums", download(got.handle[-4]), np.cumsum(routing.rows[:, rank]))
+        return
     yield from _small("source tokens", download(got.handle[3]), np.concatenate(sent))
     yield from _small("rank prefix matrix", download(got.handle[0]), np.cumsum(routing.rows, axis=0))
 
@@ -138,11 +148,15 @@ def check_combine(xp: Any, case: Case, routing: Routing, rank: int, combined: An
     """Differences of the sums of `output_bits` of all ranks, for the tokens of `rank`."""
     dtype = case.combine_dtype
     tokens = xp.arange(rank * case.tokens, (rank + 1) * case.tokens)
-    total = xp.zeros((case.tokens, case.hidden), np.float32)
+    per_node = case.ranks_per_node or case.ranks
+    total, near = (xp.zeros((case.tokens, case.hidden), np.float32) for _ in range(2))
     for destination in range(case.ranks):  # ascending, and the order of float32 sums matters
         visited = xp.asarray(routing.is_token_in_rank[rank, :, destination])
         rows = widen(xp, make_bits(xp, tokens, case.hidden, dtype, _OUTPUT_SEED + destination), dtype)
-        total += xp.where(visited[:, None], rows, np.float32(0))
+        near += xp.where(visited[:, None], rows, np.float32(0))
+        if (destination + 1) % per_node == 0:  # of several nodes, each rounds its sum
+            total += near if per_node == case.ranks else widen(xp, round_to(xp, near, dtype), dtype)
+            near[...] = 0
     yield from _rows(xp, "sums", as_bits(combined), round_to(xp, total, dtype))
 
 

@@ -23,6 +23,7 @@ each call also follows a barrier of the hosts, its chain has no barriers.
 floor: source rows read once and received rows written once (combine: the
 reverse) by all ranks of a GPU, at the copy speed measured here; where results
 lie outside of the arena, received rows are written, read and written again.
+Rows that cross to another node are also written to a ring, and read there.
 % and GB/s: of the chain; of p50 for a dispatch without a handle.
 logical: bytes a rank receives, from itself included, mean of the ranks: rows,
 fp8 scales and, in dispatch without a handle, expert indices and weights.
@@ -52,6 +53,7 @@ def to_json_lines(case: Case, run: CudaRun) -> list[str]:
         "mode": case.mode,
         "backend": "cuda",
         "ranks": case.ranks,
+        "ranks_per_node": case.ranks_per_node or case.ranks,
         "tokens_per_rank": case.tokens,
         "hidden": case.hidden,
         "topk": case.topk,
@@ -104,7 +106,8 @@ def _header(case: Case, run: CudaRun) -> Iterator[str]:
     scales = f" with float32 scales [T, {case.scale_bytes // 4}]" if case.dtype == "fp8" else ""
     back = "" if case.dtype != "fp8" else "; combine in bf16"
     mpi = f", mpi4py {found['mpi4py']}, {found['mpi']}" if found["mpi"] else ""
-    yield f"epcomm bench, {case.mode}: {ranks} on {gpus} of 1 node, cuda backend"
+    nodes = "1 node" if case.num_nodes == 1 else f"{case.num_nodes} virtual nodes"
+    yield f"epcomm bench, {case.mode}: {ranks} on {gpus} of {nodes}, cuda backend"
     yield f"  {machine.gpu}, {machine.num_sms} SMs{shared}{service}"
     yield f"  driver {machine.driver}, CUDA {machine.cuda}, CuPy {machine.cupy}, NumPy {found['numpy']}"
     yield f"  Python {found['python']}{mpi}"

@@ -25,6 +25,7 @@ from epcomm.config import Config
 __all__ = ["CudaRun", "Machine", "Measured", "machine_of", "run"]
 
 _PYTHON_TIMES = ("get_dispatch_layout", "dispatch, cached", "combine, in the arena")
+_RING_BYTES = 256 << 20  # num_rdma_bytes, on several nodes
 _MPS_ENABLED = 133  # cudaDevAttrMpsEnabled
 
 
@@ -114,8 +115,10 @@ def run(comm: Communicator, case: Case) -> CudaRun:
     row_bytes = case.hidden * max(case.combine_dtype.itemsize, 2)
     arena_bytes = _arena_bytes(case, row_bytes, int(routing.rows.sum(axis=0).max()))
     with ExitStack() as stack:
-        buffer, first_s = _construct(comm, arena_bytes, stack)
-        outside, again_s = _construct(comm, 0, stack)
+        buffer, first_s = _construct(comm, case, arena_bytes, stack)
+        outside, again_s = None, first_s
+        if case.num_nodes == 1:  # on several, nothing is outside of the arena
+            outside, again_s = _construct(comm, case, 0, stack)
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
             calls = Calls(cupy, buffer, outside, case, routing)
@@ -133,11 +136,15 @@ def run(comm: Communicator, case: Case) -> CudaRun:
         return result
 
 
-def _construct(comm: Communicator, arena_bytes: int, stack: ExitStack) -> tuple[Buffer, float]:
+def _construct(comm: Communicator, case: Case, arena_bytes: int, stack: ExitStack) -> tuple[Buffer, float]:
     """A Buffer that `stack` destroys, and how long it took on the slowest rank."""
     comm.barrier()
     start = time.perf_counter()
-    buffer = stack.enter_context(Buffer(comm, arena_bytes, backend="cuda"))
+    ring_bytes = _RING_BYTES if case.num_nodes > 1 else 0
+    per_node = case.ranks_per_node
+    buffer = stack.enter_context(
+        Buffer(comm, arena_bytes, num_rdma_bytes=ring_bytes, backend="cuda", ranks_per_node=per_node)
+    )
     return buffer, max(comm.allgather(time.perf_counter() - start))
 
 
