@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("epcomm.cli.demo", "send tokens through a small job and check every bit"),
     "doctor": ("epcomm.cli.doctor", "tell what works on this machine, and how to install what does not"),
     "bench": ("epcomm.cli.bench", "measure dispatch and combine"),
+    "plan": ("epcomm.cli.plan", "predict traffic and times on several nodes"),
 }
 
 # Exit status of an error that was understood and explained; argparse uses 2 for wrong arguments.

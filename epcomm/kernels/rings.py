@@ -8,7 +8,7 @@ from typing import NamedTuple
 from epcomm.errors import CapacityError
 from epcomm.kernels.layout import UNIT, round_up
 
-__all__ = ["MAX_GROUPS", "MAX_UNIT", "NODES", "RING", "Message", "Ring", "Rings", "words_bytes"]
+__all__ = ["MAX_GROUPS", "MAX_UNIT", "NODES", "RING", "Message", "Ring", "Rings", "least_area_bytes", "words_bytes"]
 
 MAX_GROUPS = 512
 MAX_UNIT = 32  # tokens
@@ -48,6 +48,11 @@ def words_bytes(num_nodes: int) -> int:
     return _NUM_WORDS * num_nodes * MAX_GROUPS * 8
 
 
+def least_area_bytes(num_nodes: int) -> int:
+    """Bytes of the smallest area."""
+    return round_up(words_bytes(num_nodes), UNIT) + num_nodes * _LEAST_BYTES
+
+
 class Rings:
     """The area of a rank for what comes from other nodes, `num_bytes` at `offset` of its region.
 
@@ -62,7 +67,7 @@ class Rings:
         self.nodes = (offset, ranks_per_node, num_nodes, *divmod(rank, ranks_per_node))
         self._words = round_up(words_bytes(num_nodes), UNIT)
         self._num_bytes, self._num_nodes = num_bytes, num_nodes
-        least = self._words + num_nodes * _LEAST_BYTES
+        least = least_area_bytes(num_nodes)
         if num_bytes < least:
             raise self._too_small(least, "of the smallest rows")
 
