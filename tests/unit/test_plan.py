@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from epcomm import cli
+from epcomm import cli, env
 from epcomm.cli import plan as command
 from epcomm.cli.plan.buffers import buffers_of
 from epcomm.cli.plan.routing import expected_rows, hit_probability
@@ -300,3 +303,32 @@ def test_one_node_is_in_the_tables_once(capsys):
     assert cli.main(["plan", "--nodes=1,2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.split()[:3] == ["1", "8", "256"] for line in lines) == 1
+
+
+# -- docs/cluster.md ----------------------------------------------------------------------------------------------
+
+CLUSTER = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
+
+
+def test_the_table_of_the_documentation_is_the_report(capsys):
+    (block,) = re.findall(r"```text\n(.*?)```", CLUSTER.read_text(), re.DOTALL)
+    assert cli.main(["plan"]) == 0
+    assert block in capsys.readouterr().out
+
+
+def test_the_commands_of_the_documentation_are_taken(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^epcomm (plan.*?)(?: *#.*)?$", CLUSTER.read_text(), re.MULTILINE)
+    assert len(commands) == 3
+    for line in commands:
+        assert cli.main(line.split()) == 0
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_what_the_documentation_names_is_there():
+    text = CLUSTER.read_text()
+    assert set(re.findall(r"EPCOMM_[A-Z_]+", text)) <= set(env.VARIABLES)
+    project = tomllib.loads((CLUSTER.parents[1] / "pyproject.toml").read_text())
+    extras = {extra for listed in re.findall(r"'\.\[(.*?)\]'", text) for extra in listed.split(",")}
+    assert extras == {"mpi", "cuda12", "cuda13", "nvshmem12", "nvshmem13"}
+    assert extras <= set(project["project"]["optional-dependencies"])
