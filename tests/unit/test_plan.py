@@ -232,6 +232,18 @@ def test_the_network_decides_where_it_is_slow():
     assert fast.dispatch.bottleneck == "NVLink"
 
 
+def test_a_ring_that_is_too_small_for_the_way_decides():
+    """Far away: as many round trips as a group is used times."""
+    plan = predict(make_job(2), Links(nic_gbs=50, nvlink_gbs=370, nic_mops=100, nic_us=5000, nvlink_us=2))
+    assert plan.dispatch.bottleneck == "rings"
+    assert plan.dispatch.bounds_s["rings"] == pytest.approx(4096 / 2 / 256 * 10002e-6)
+
+
+def test_sizes_without_a_hint_get_all_groups():
+    """The hint is 0 for up to 8 ranks."""
+    assert (buffers_of(make_job(4, 2)).rdma_hint, buffers_of(make_job(4, 2)).dispatch_groups) == (0, 256)
+
+
 def test_few_tokens_are_latency():
     plan = predict(make_job(2, tokens=1), LINKS)
     assert plan.dispatch.bottleneck == "latency"

@@ -29,7 +29,7 @@ class Buffers(NamedTuple):
         rdma_hint: ``Config.get_rdma_buffer_size_hint``, likewise.
         rdma_least: below that calls raise CapacityError.
         rdma_most: more is of no use.
-        dispatch_groups: groups of the ring of rows with the hint, or the least if that is more; 0 on one node.
+        dispatch_groups: groups of the ring of rows with the hint, or with the most if that is too small; 0 on one node.
         combine_groups: of questions, likewise.
         dispatch_turns: how often a dispatch uses a group, of the ring where that is most; 0 on one node.
         combine_turns: likewise.
@@ -64,7 +64,7 @@ def buffers_of(job: Job) -> Buffers:
     asking = Rings(0, smallest, 0, job.gpus, job.num_nodes)
     least = max(smallest, *(asking.least_bytes(*messages) for messages, _ in calls))
     most = max(least, *(_all_bytes(job.num_nodes, messages, wanted) for messages, wanted in calls))
-    rings = Rings(0, max(hint, least), 0, job.gpus, job.num_nodes)
+    rings = Rings(0, hint if hint >= least else most, 0, job.gpus, job.num_nodes)
     dispatch, combine = (rings.cut(messages, wanted) for messages, wanted in calls)
     groups, turns = (dispatch[0].num_groups, combine[0].num_groups), (_turns(job, dispatch), _turns(job, combine))
     return Buffers(nvl, expected, hint, least, most, *groups, *turns)

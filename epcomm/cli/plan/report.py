@@ -30,19 +30,18 @@ _BUFFERS = (
     "MiB of a rank. nvl need: rows that a dispatch brings in expectation; a combine buffer",
     "takes as much again, in bf16. nvl hint, rdma hint: of Config, for num_nvl_bytes and",
     "num_rdma_bytes. rdma least: below it calls raise CapacityError; rdma most: more is of",
-    "no use. groups: messages under way to one node, dispatch and combine, with the hint",
-    "(or the least, if that is more).",
+    "no use. groups: messages under way to one node, dispatch and combine, with the hint.",
 )
 
 
 def to_text(plans: Sequence[Plan], one_node: Plan, links: Links) -> str:
-    """All tables, of 88 columns."""
+    """All tables, of 90 columns and a few more."""
     lines = [*_header(plans[0], links), ""]
     lines += [*_routing_table([one_node, *_several(plans)]), "", *_indented(_ROWS), ""]
     for of, what in ((_dispatch, "dispatch"), (_combine, "combine")):
         lines += [*_time_table([one_node, *_several(plans)], one_node, of, what), ""]
     lines += [*_indented(_TIMES), "", *_buffer_table([one_node, *_several(plans)]), "", *_indented(_BUFFERS)]
-    lines += [f"  {note}" for note in _notes(plans)]
+    lines += ["", *_indented(list(_notes(plans)))]
     return "\n".join(lines).rstrip()
 
 
@@ -161,12 +160,11 @@ def _buffer_table(plans: Sequence[Plan]) -> Iterator[str]:
 
 def _notes(plans: Sequence[Plan]) -> Iterator[str]:
     """What a reader must know of these sizes."""
-    yield ""
     if any(plan.job.experts != plan.job.wanted_experts for plan in plans):
         yield "* more experts than asked for: every rank has the same number of them."
     short = [str(plan.job.num_nodes) for plan in plans if plan.buffers.rdma_hint < plan.buffers.rdma_least]
     if short:
-        yield f"The rdma hint is too small for {', '.join(short)} nodes: take more than rdma least."
+        yield f"The rdma hint is too small for {', '.join(short)} nodes: take rdma most, as these times do."
     short = [str(plan.job.num_nodes) for plan in plans if plan.buffers.nvl_hint < plan.buffers.nvl_expected]
     if short:
         yield f"The nvl hint is too small for {', '.join(short)} nodes: take twice nvl need."
