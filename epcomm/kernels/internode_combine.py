@@ -76,8 +76,8 @@ def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int) -> S
 
 
 @functools.lru_cache(maxsize=256)
-def messages(row_bytes: int, num_topk: int, ranks_per_node: int) -> Messages:
+def messages(row_bytes: int, num_topk: int, ranks_per_node: int, most_tokens: int = MAX_UNIT) -> Messages:
     """What travels of a unit of tokens; `num_topk`: 0 without weights."""
-    tokens = max(1, min(MAX_UNIT, _UNIT_BYTES // row_bytes))
+    tokens = max(1, min(most_tokens, _UNIT_BYTES // row_bytes))
     asked = Message(tokens, 0, round_up(4 * ranks_per_node, 16))
     return Messages(asked, Message(tokens, 0, round_up(row_bytes + 4 * num_topk, UNIT)), row_bytes)

@@ -68,9 +68,9 @@ def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int) -> Sh
 
 
 @functools.lru_cache(maxsize=256)
-def rows(row_bytes: int, ranks_per_node: int) -> Message:
+def rows(row_bytes: int, ranks_per_node: int, most_tokens: int = MAX_UNIT) -> Message:
     """A message of rows, with an index for each of them and each local rank."""
-    tokens = max(1, min(MAX_UNIT, _UNIT_BYTES // row_bytes))
+    tokens = max(1, min(most_tokens, _UNIT_BYTES // row_bytes))
     return Message(tokens, round_up(4 * tokens * ranks_per_node, UNIT), round_up(row_bytes, UNIT))
 
 

@@ -13,6 +13,7 @@ __all__ = ["MAX_GROUPS", "MAX_UNIT", "NODES", "RING", "Message", "Ring", "Rings"
 MAX_GROUPS = 512
 MAX_UNIT = 32  # tokens
 _NUM_WORDS = 6
+_SOME_GROUPS = 16
 _LEAST_BYTES = 16 << 10  # a node: a group of the smallest rows
 
 NODES = struct.Struct("<Q4i")  # area, ranks_per_node, num_nodes, own, local
@@ -82,6 +83,11 @@ class Rings:
     def least_bytes(self, *messages: Message) -> int:
         """What the area takes with a single group for each message and node."""
         return self._words + self._num_nodes * sum(message.group_bytes for message in messages)
+
+    def has_room(self, *messages: Message) -> bool:
+        """Whether there is room for some groups of each, so that ranks do not wait for each other's every message."""
+        some = self._num_nodes * _SOME_GROUPS * sum(message.group_bytes for message in messages)
+        return self._words + some <= self._num_bytes
 
     def cut(self, messages: tuple[Message, ...], wanted: tuple[int, ...]) -> tuple[Ring, ...]:
         """A ring for each message, behind one another.

@@ -265,7 +265,7 @@ def test_rings_need_some_room(comm):
     with make_buffer(comm, 1, words_bytes(2) + (2 << 14)) as buffer:
         checks.round_trip(buffer, BY_NAME["tiny_rows"].inputs(comm.size))
         with pytest.raises(CapacityError, match="num_rdma_bytes"):
-            checks.dispatch(buffer, BY_NAME["hidden_7168"].inputs(comm.size))
+            checks.dispatch(buffer, Case("wide", hidden=28672, tokens=(3, 1)).inputs(comm.size))
         checks.round_trip(buffer, BY_NAME["tiny_rows"].inputs(comm.size))
         comm.barrier()
 

@@ -15,7 +15,7 @@ from epcomm import Buffer, reference
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.header import Operation
 from epcomm.bootstrap import topology
-from epcomm.errors import RankMismatch, ShapeError
+from epcomm.errors import CapacityError, RankMismatch, ShapeError
 
 BY_NAME = {case.name: case for case in CASES}
 UNIFORM = BY_NAME["uniform"]
@@ -96,6 +96,9 @@ def test_two_levels_round_twice(comm):
 def test_worst_case_combine_after_cached(buffer_of, comm, worst):
     inputs = Case("worst", worst=worst, num_topk=6, tokens=(30, 2, 17)).inputs(comm.size)
     internode.worst_case_combine_after_cached(buffer_of(2), inputs)
+    if inputs.is_overflowing(comm.rank):
+        with pytest.raises(CapacityError, match="num_worst_tokens"):
+            buffer_of(2).check()
     assert (worst == "overflow") == any(inputs.is_overflowing(rank) for rank in range(comm.size))
 
 

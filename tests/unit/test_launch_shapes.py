@@ -226,6 +226,8 @@ def test_rings_share_what_there_is():
         assert 1 <= first.num_groups <= 256
         assert 1 <= second.num_groups <= 128
     assert (first.num_groups, second.num_groups) == (256, 128)  # with room for all
+    assert rings.has_room(rows, beside)
+    assert not Rings(4096, words + (4 << 16), 5, 2, 4).has_room(rows, beside)
     assert MAX_GROUPS >= internode_combine.WANTED_GROUPS
     with pytest.raises(CapacityError, match="num_rdma_bytes"):
         Rings(4096, words, 0, 2, 4)

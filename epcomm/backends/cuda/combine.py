@@ -87,7 +87,10 @@ class _InternodePlan(_Plan):
     def _prepare(self, job: Job, num_topk: int) -> None:
         assert job.rings is not None
         self._node_shape = internode.shape(self._row_bytes, job.ranks_per_node, job.num_nodes, job.launch.stage_memory)
-        asked, answered, self._weights = internode.messages(self._row_bytes, num_topk, job.ranks_per_node)
+        per_node = job.ranks_per_node
+        asked, answered, self._weights = internode.messages(self._row_bytes, num_topk, per_node)
+        while asked.unit_tokens > 1 and not job.rings.has_room(asked, answered):
+            asked, answered, _ = internode.messages(self._row_bytes, num_topk, per_node, asked.unit_tokens // 2)
         rings = job.rings.cut((asked, answered), (internode.WANTED_GROUPS,) * 2)
         num_groups = min(ring.num_groups for ring in rings)  # a question has room for its answer
         self._rings = [*job.rings.nodes]

@@ -156,7 +156,10 @@ class InternodeMovePlan(MovePlan):
         self._shape = internode.shape(sizes.row_bytes, job.num_nodes, job.launch.stage_memory, blocks_on_gpu)
         scales_bytes, topk_bytes = sizes.num_scales * sizes.scale_bytes, sizes.num_topk * sizes.index_bytes
         beside = internode.beside(per_node, scales_bytes, topk_bytes, sizes.num_topk * 4 if sizes.has_weights else 0)
-        rings = job.rings.cut((internode.rows(sizes.row_bytes, per_node), beside.message), internode.WANTED_GROUPS)
+        rows = internode.rows(sizes.row_bytes, per_node)
+        while rows.unit_tokens > 1 and not job.rings.has_room(rows, beside.message):
+            rows = internode.rows(sizes.row_bytes, per_node, rows.unit_tokens // 2)
+        rings = job.rings.cut((rows, beside.message), internode.WANTED_GROUPS)
         self._rings = (*job.rings.nodes, *rings[0], *rings[1])
         self._slot_fields = beside.fields  # type: ignore[assignment]
 
