@@ -243,6 +243,28 @@ def test_a_graph_with_other_rows_each_time(buffer_of, comm):
     comm.barrier()
 
 
+@pytest.mark.ranks(4)
+def test_bytes_of_any_number(comm, num_ranks):
+    """Rings begin where they may, whatever is in front of them."""
+    with Buffer(
+        comm, 65537, NETWORK_BYTES + 1, low_latency_mode=True, backend="cuda", ranks_per_node=2, timeout_s=TIMEOUT_S
+    ) as buffer:
+        checks.round_trip(buffer, Case("tiny", hidden=8, tokens=(2, 1), num_topk=2).inputs(num_ranks))
+        comm.barrier()
+
+
+@pytest.mark.ranks(4)
+def test_a_forecast_that_was_too_low_on_one_rank(comm, num_ranks):
+    """The arena has no room for outputs of both forecast and counts beside each other."""
+    with make_buffer(comm, 2, num_nvl_bytes=48 << 10) as buffer:
+        for tokens in (12, 40, 12, 60):
+            inputs = Case("rows", hidden=64, tokens=(tokens, 12, 3, 12), num_topk=3).inputs(num_ranks)
+            _, result = checks.dispatch(buffer, inputs)
+            checks.assert_dispatched(buffer, inputs, result)
+            del result
+        comm.barrier()
+
+
 @pytest.mark.ranks((4, 6))
 def test_low_latency_as_on_one_node(comm, num_ranks):
     """Rows of all nodes lie in the same places, beside calls of the other mode."""

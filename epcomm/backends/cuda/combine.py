@@ -133,8 +133,7 @@ def combine(job: Job, turn: CudaTurn, request: CombineRequest) -> CombineOutcome
     entry = (rows, own_weights, handle.num_tokens, 0, *agreed, *_NOTHING[len(agreed) :])
     turn.has_entered = True
     plan.launch(job, turn, _Sum(entry, arrays, num_topk, handle.num_worst_tokens))
-    for copy in copies:
-        copy.note_reader(*turn.ref)
+    del copies  # their memory may be had again behind this call
     job.count(rows == THROUGH_WINDOW, "combine")
     return CombineOutcome(combined, combined_weights)
 
@@ -170,6 +169,7 @@ def _offset_in_arena(job: Job, turn: CudaTurn, array: ArrayView, copies: list[Bl
     if block is None:
         return None
     copies.append(block)
+    block.note_reader(*turn.ref)  # before the copy: an error behind it gives the block back
     runtime = job.runtime
     runtime.memcpyAsync(block.ptr, array.ptr, num_bytes, runtime.memcpyDeviceToDevice, turn.stream)
     return (job.arena_offset + block.offset) // UNIT

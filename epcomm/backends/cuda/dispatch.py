@@ -154,9 +154,13 @@ def _await_counts(
         _raise_answers(job)
     num_received = page.num_received
     job.forecast.note(num_received)
-    if outputs is not None and page.has_room:
+    if outputs is not None and outputs.num_rows >= num_received:
         outputs.resize(num_received)
+        if not page.has_room:  # on another rank
+            plan.launch(job, turn, request, outputs, route, True)
         return outputs
+    if outputs is not None:
+        outputs.give_back()  # nothing was written there, and the arena may need the room
     # All ranks come here, or those without outputs do while the others move. From here to the launch the GPU is idle.
     try:
         outputs = Outputs.of(job, turn, plan.sizes, num_received, True)

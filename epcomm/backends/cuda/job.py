@@ -129,7 +129,8 @@ class Job:
         self.arena_offset, timeout_s = WORKSPACE_BYTES + WINDOW_BYTES, settings.timeout_s
         self.arena_bytes = round_up(settings.num_arena_bytes, UNIT)
         area_offset = self.arena_offset + self.arena_bytes
-        rings_offset = area_offset + (settings.num_low_latency_bytes if settings.low_latency_mode else 0)
+        low_latency_bytes = settings.num_low_latency_bytes if settings.low_latency_mode else 0
+        rings_offset = area_offset + round_up(low_latency_bytes, UNIT)
         self.rings: Rings | None = None
         wanted = rings_offset
         if self.num_nodes > 1:

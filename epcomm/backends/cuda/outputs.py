@@ -128,6 +128,10 @@ class Outputs:
         self._rows, self._metadata = rows, metadata
         return True
 
+    def give_back(self) -> None:
+        """These are not the outputs of the call after all."""
+        del self._rows, self._metadata
+
     def own(self) -> None:
         """These are the outputs of the call."""
         self._turn.own(self._rows)
