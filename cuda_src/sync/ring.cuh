@@ -68,8 +68,8 @@ struct Ring {
 };
 static_assert(sizeof(Ring) == 32);
 
-// A word that is waited for, acquired if `is_there(word)`. Polls are relaxed: an acquire empties the L1 cache of the SM,
-// and warps that wait would hold up those that work.
+// A word that is waited for, acquired if `is_there(word)`. Polls are relaxed, as an acquire empties the L1 cache of the SM; it
+// was not measured to matter.
 template <typename IsThere> __device__ inline bool acquire_if(const uint64_t* address, uint64_t& word, IsThere is_there) {
     word = ptx::ld_relaxed_sys(address);
     if (!is_there(word)) return false;

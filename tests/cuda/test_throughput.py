@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import checks
+from helpers import checks, internode
 from helpers.calls import TIMEOUT_S
 from helpers.cases import CASES, FP8, PLACING_CASES, Case, column_major_scales, row_major_scales, to_one_expert
 from helpers.frames import CUPY, down
@@ -93,19 +93,7 @@ def test_one_buffer_for_many_shapes(comm, num_ranks):
     draw = random.Random(17)  # the same on every rank
     with make_buffer(comm) as spacious, make_buffer(comm, 16 << 10) as small:
         for seed in range(30):
-            case = Case(
-                f"random shape {seed}",
-                tokens=tuple(draw.choice((0, 1, 5, 40, 130)) for _ in range(num_ranks)),
-                hidden=8 * draw.randint(1, 300),
-                experts_per_rank=draw.randint(1, 6),
-                num_topk=draw.randint(1, 8),
-                expert_alignment=draw.choice((1, 4)),
-                has_weights=draw.random() < 0.5,
-                topk_dtype=draw.choice((np.int32, np.int64)),
-                worst=draw.choice(("", "", "exact", "room", "overflow")),
-                num_biases=draw.randint(0, 2),
-                scales=draw.choice((None, column_major_scales)),
-            )
+            case = internode.random_case(draw, num_ranks, seed)
             checks.round_trip(draw.choice((spacious, small)), case.inputs(num_ranks, seed))
         for buffer in (spacious, small):
             assert buffer.stats["dispatch_calls"] > 0
