@@ -47,6 +47,9 @@ VARIABLES: dict[str, Variable] = {
         Variable(
             "EPCOMM_HOST_TRANSPORT", str, "auto", "host backend: auto, segments (shared memory) or messages (MPI)"
         ),
+        Variable(
+            "EPCOMM_TRANSPORT", str, "auto", "CUDA backend, between nodes: auto, ipc (stores within a host) or nvshmem"
+        ),
         Variable("EPCOMM_SHM_DIR", str, "/dev/shm", "folder of the shared segments of the host backend"),
         Variable("EPCOMM_MPIRUN", str, "", "the mpirun that `epcomm run`, the demo and the tests start"),
         Variable("EPCOMM_CACHE_DIR", str, "", "folder of compiled kernels (default: the user's cache folder)"),

@@ -1,12 +1,19 @@
 // layout.cuh: where everything lies in the memory that ranks share, and in the page that the host reads.
 //
-// Each rank owns one region that all ranks of its node address:
+// Each rank owns one region that all ranks of its host address:
 //
-//     [ Workspace | window | arena | low-latency area ]
+//     [ Workspace | window | arena | low-latency area | rings ]
 //
 // The workspace holds this file's State and Signals; the window carries rows of arrays that lie outside the arena;
 // the arena holds outputs of dispatch and inputs of combine, placed by the host; the low-latency area holds what is on
-// its way in low-latency calls, see sync/slot.cuh. Twin: epcomm/kernels/layout.py.
+// its way in low-latency calls, see sync/slot.cuh, and the rings what is on its way between nodes, see sync/ring.cuh.
+//
+// Where ranks of other nodes are reached through NVSHMEM, words and messages lie in its symmetric heap instead, and the
+// region has the rest:
+//
+//     heap: [ Workspace | low-latency area | rings ]        region: [ window | arena ]
+//
+// Twin: epcomm/kernels/layout.py.
 #pragma once
 
 #include "common/types.cuh"
@@ -109,6 +116,7 @@ struct Signals {
     uint32_t barrier[kMaxRanks];
     uint64_t window_ready[2][kMaxRanks];  // by Operation - kDispatch: {sequence << 32 | rounds}
     uint64_t window_ack[2][kMaxRanks];
+    uint64_t counts_there[2][kMaxRanks];  // by parity: sequence of the exchange of which a rank behind the network has sent all
     // After a mismatch: by 2 * (Operation - kDispatch) + parity, and by Operation for those of low latency.
     uint64_t entry_agreed[kNumOperations][kMaxRanks][kNumEntryAgreed];
     // By Operation - kLowLatencyDispatch: {sequence << 32 | digest, whose last bit says whether rows are to be pulled, or
@@ -120,8 +128,9 @@ struct Signals {
 struct Workspace {
     State state;
     Signals signals;
+    ExchangeCells outgoing[2][kMaxRanks];  // by parity: what this rank sends through the network
 };
-inline constexpr uint64_t kWorkspaceBytes = 1ull << 20;
+inline constexpr uint64_t kWorkspaceBytes = 2ull << 20;
 static_assert(sizeof(Workspace) <= kWorkspaceBytes);
 
 // Why a call did not do its work.
@@ -180,20 +189,22 @@ __host__ __device__ inline uint64_t scales_offset(uint64_t num_rows, uint64_t ro
 
 // What every kernel knows of the job.
 struct Comm {
-    uint64_t region[kMaxRanks];  // by rank: address of its region in this process
-    uint64_t host;               // HostPage
+    uint64_t region[kMaxRanks];   // by rank: address of its region in this process; 0: there is none here
+    uint64_t control[kMaxRanks];  // likewise, of its words and messages: the region itself, or a part of the symmetric heap
+    uint16_t pe[kMaxRanks];       // by rank: its number in NVSHMEM, if that is there
+    uint64_t host;                // HostPage
     uint64_t region_bytes;
     uint64_t timeout_ns;
     int32_t rank;
     int32_t num_ranks;
 
-    __device__ Workspace* workspace(int r) const { return pointer<Workspace>(region[r]); }
+    __device__ Workspace* workspace(int r) const { return pointer<Workspace>(control[r]); }
     __device__ State& state() const { return workspace(rank)->state; }
     __device__ Signals& own() const { return workspace(rank)->signals; }
     __device__ Signals& of(int r) const { return workspace(r)->signals; }
     __device__ HostPage* page() const { return pointer<HostPage>(host); }
 };
-static_assert(sizeof(Comm) == 288);
+static_assert(sizeof(Comm) == 608);
 
 __host__ __device__ inline uint64_t tagged(uint32_t sequence, uint32_t value) {
     return static_cast<uint64_t>(sequence) << 32 | value;

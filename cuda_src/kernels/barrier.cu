@@ -8,7 +8,7 @@ namespace epcomm {
 struct BarrierArgs {
     Comm comm;
 };
-static_assert(sizeof(BarrierArgs) == 288, "BarrierArgs differs from epcomm/kernels/barrier.py");
+static_assert(sizeof(BarrierArgs) == sizeof(Comm), "BarrierArgs differs from epcomm/kernels/barrier.py");
 
 extern "C" __global__ void __launch_bounds__(kWarp) epcomm_barrier(const __grid_constant__ BarrierArgs args) {
     Call call;

@@ -44,7 +44,7 @@ struct CombineArgs {
     uint32_t row_bytes;
     int32_t num_topk, num_worst_tokens;
 };
-static_assert(sizeof(CombineArgs) == 288 + 24 + 64 + 8 + 9 * 8 + 12 + 3 * 4,
+static_assert(sizeof(CombineArgs) == sizeof(Comm) + 24 + 64 + 8 + 9 * 8 + 12 + 3 * 4,
               "CombineArgs differs from epcomm/kernels/combine.py");
 
 // Where the rows of one rank are.

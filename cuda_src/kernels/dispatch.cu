@@ -41,7 +41,7 @@ struct DispatchArgs {
     int32_t is_forced;         // whatever the last exchange said
     int32_t has_weights;       // an empty array has no address
 };
-static_assert(sizeof(DispatchArgs) == 288 + 24 + 64 + 24 + 8 * 8 + 40 + 12 + 4 + 8 * 4,
+static_assert(sizeof(DispatchArgs) == sizeof(Comm) + 24 + 64 + 24 + 8 * 8 + 40 + 12 + 4 + 8 * 4,
               "DispatchArgs differs from epcomm/kernels/dispatch.py");
 
 // Where the fields of rows go at one destination: field f of row (or slot) i is at field[f] + i * stride[f].

@@ -26,7 +26,7 @@ struct ExchangeArgs {
     int32_t num_nodes;
     uint32_t unused;
 };
-static_assert(sizeof(ExchangeArgs) == 288 + 6 * 8 + 6 * 4 + 4 * kNumAgreed + 2 * 4,
+static_assert(sizeof(ExchangeArgs) == sizeof(Comm) + 6 * 8 + 6 * 4 + 4 * kNumAgreed + 2 * 4,
               "ExchangeArgs differs from epcomm/kernels/exchange.py");
 
 inline constexpr uint32_t kStatusCounts = 2;  // num_tokens_per_rank contradicts is_token_in_rank
@@ -79,7 +79,30 @@ __device__ inline void number_rows(const ExchangeArgs& args, int (&totals)[kMaxR
     __syncthreads();
 }
 
-// Write this rank's cells at every rank.
+// Where this rank's cells for `peer` are written: there, or to be sent through the network.
+__device__ inline ExchangeCells& cells_for(const Comm& comm, const Call& call, int peer) {
+    return is_near(comm, peer) ? comm.of(peer).exchange[call.parity][comm.rank]
+                               : comm.workspace(comm.rank)->outgoing[call.parity][peer];
+}
+
+// All threads: send what was written to the ranks behind the network.
+__device__ inline void send_counts(const ExchangeArgs& args, const Call& call) {
+    const Comm& comm = args.comm;
+    const uint64_t num_cells = kMaxRanks + kNumAgreed + 2 + args.num_local_experts;  // those of experts are the last
+    const uint64_t num_bytes = round_up(num_cells * sizeof(uint64_t), sizeof(Vector));
+    __syncthreads();
+    for (int peer = warp_index(); peer < comm.num_ranks; peer += warps_per_block()) {
+        if (is_near(comm, peer)) continue;
+        Signals& own = comm.own();
+        // RELEASE the cells, which follow in one message. Pairs with the ACQUIRE of has_posted, there. The message before
+        // the last one, which lay here, has arrived: the peer has sent its next one since.
+        send_message(comm, peer, reinterpret_cast<uint64_t>(&own.exchange[call.parity][comm.rank]),
+                     reinterpret_cast<uint64_t>(&cells_for(comm, call, peer)), num_bytes,
+                     &own.counts_there[call.parity][comm.rank], call.sequence);
+    }
+}
+
+// Write this rank's cells for every rank.
 __device__ inline void post_counts(const ExchangeArgs& args, const Call& call, const int (&totals)[kMaxRanks],
                                    uint32_t status) {
     const Comm& comm = args.comm;
@@ -88,7 +111,7 @@ __device__ inline void post_counts(const ExchangeArgs& args, const Call& call, c
     const int32_t* experts = pointer<const int32_t>(args.tokens_per_expert);
     for (int i = threadIdx.x; i < num_cells * comm.num_ranks; i += blockDim.x) {
         const int peer = i / num_cells, cell = i % num_cells;
-        ExchangeCells& slot = comm.of(peer).exchange[call.parity][comm.rank];
+        ExchangeCells& slot = cells_for(comm, call, peer);
         uint64_t* address;
         uint32_t value;
         if (cell < comm.num_ranks) {
@@ -110,15 +133,22 @@ __device__ inline void post_counts(const ExchangeArgs& args, const Call& call, c
         // Each cell carries its own flag: pairs with the loads of await_cell, at `peer`.
         ptx::st_relaxed_sys(address, tagged(call.sequence, value));
     }
+    if (kHasNetwork) send_counts(args, call);
+}
+
+// Whether rank r has posted its cells; of one behind the network: whether they are all there.
+__device__ inline bool has_posted(const Comm& comm, const Call& call, int r) {
+    const Signals& own = comm.own();
+    // ACQUIRE the cells of a rank behind the network. Pairs with send_counts, there.
+    if (!is_near(comm, r)) return ptx::ld_acquire_sys(&own.counts_there[call.parity][r]) == call.sequence;
+    return ptx::ld_relaxed_sys(&own.exchange[call.parity][r].status) >> 32 == call.sequence;
 }
 
 // The ranks that have posted nothing yet, a bit each, and `r` among them.
 __device__ __noinline__ uint32_t missing_ranks(const Comm& comm, const Call& call, int r) {
     uint32_t missing = 1u << r;
-    for (int other = 0; other < comm.num_ranks; ++other) {
-        const uint64_t status = ptx::ld_relaxed_sys(&comm.own().exchange[call.parity][other].status);
-        if (status >> 32 != call.sequence) missing |= 1u << other;
-    }
+    for (int other = 0; other < comm.num_ranks; ++other)
+        if (!has_posted(comm, call, other)) missing |= 1u << other;
     return missing;
 }
 
@@ -141,6 +171,12 @@ __device__ inline bool collect(const ExchangeArgs& args, const Call& call, int (
     const int num_ranks = comm.num_ranks;
     const ExchangeCells* slots = comm.own().exchange[call.parity];
     bool good = true, equal = true;
+    if (kHasNetwork) {
+        // The bytes of a message may come in any order: its cells are looked at when all are there.
+        if (warp_index() == 0)
+            good = wait_for_ranks(comm, call, kPhaseCounts, [&](int r) { return has_posted(comm, call, r); });
+        good = __syncthreads_and(good);
+    }
     for (int i = threadIdx.x; i < num_ranks * num_ranks; i += blockDim.x) {
         counts[i] = await_cell(comm, call, i / num_ranks, &slots[i / num_ranks].count[i % num_ranks], good);
         page->count[i] = counts[i];

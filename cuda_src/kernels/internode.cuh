@@ -74,6 +74,16 @@ struct Share {
     __device__ uint32_t step() const { return gridDim.x * num_warps; }
 };
 
+// One warp, when it has sent all units of its share: wait until all of them are taken, the last ones of each group too.
+__device__ inline bool await_taken(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
+                                   RingWord taken, int node, uint32_t num_units, const Share& share) {
+    for (uint32_t unit = share.first(); unit < num_units; unit += share.step()) {
+        if (unit + ring.num_groups < num_units) continue;  // who used the group again has waited
+        if (!await_group(comm, call, nodes, ring, taken, node, unit + ring.num_groups)) return false;
+    }
+    return true;
+}
+
 // One warp: for each message of other nodes in its share, in the order of units and then of nodes, `take(node, unit)`.
 // False: the call has failed.
 template <typename Args, typename Take>

@@ -38,7 +38,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     const bool good = run(args, call, shared, dynamic);
     if (is_last_block(comm, call)) {
         if (good && warp_index() == 0)
-            meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.combine_done; });
+            meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.combine_done; },
+                 args.nodes.ranks_of(args.nodes.own));
         if (threadIdx.x == 0) comm.page()->rows_to_nodes[1] = comm.state().rows_to_nodes[1];
         end(comm, call);
     }

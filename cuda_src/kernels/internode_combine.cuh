@@ -20,7 +20,7 @@ using Sum = VectorSum<KERNEL_ELEMENT>;
 struct InternodeCombineArgs {
     Comm comm;
     Nodes nodes;
-    Ring asked;      // a row of a message: int32 [ranks_per_node], where a token's rows are, or -1
+    Ring asked;      // a row of a message: int32 [ranks_per_node], where the rows of a token are that has some there, or -1
     Ring answered;   // a row of a message: the sum of these rows, and that of their weights
     EntryArgs entry;  // its metadata: the weights
     uint64_t x;                // this rank's rows, [num_rows, row_bytes]
@@ -36,7 +36,7 @@ struct InternodeCombineArgs {
     int32_t num_topk, num_worst_tokens;
     int32_t num_gathering;     // warps of a block; the others answer
 };
-static_assert(sizeof(InternodeCombineArgs) == 288 + 24 + 2 * 32 + 64 + 8 * 8 + 6 * 4,
+static_assert(sizeof(InternodeCombineArgs) == sizeof(Comm) + 24 + 2 * 32 + 64 + 8 * 8 + 6 * 4,
               "InternodeCombineArgs differs from epcomm/kernels/internode_combine.py");
 
 // Where the rows of a rank of the own node are.
@@ -74,6 +74,9 @@ __device__ inline bool find_places(const InternodeCombineArgs& args, Shared& sha
            (args.num_topk == 0 || weights + num_rows * args.num_topk * 4 <= comm.region_bytes);
 }
 
+// A bit for each of the first `count` lanes, which may be all.
+__device__ inline uint32_t lanes_below(int count) { return static_cast<uint32_t>((1ull << count) - 1); }
+
 // How the pieces of a token follow one another: those of local ranks, of the nodes before this one, and of those behind.
 struct Order {
     int num_near, num_before, num_behind;
@@ -83,8 +86,8 @@ struct Order {
     // `lanes`: those that have a piece; they stand for a `Destination` each.
     __device__ Order(const InternodeCombineArgs& args, uint32_t lanes) {
         const int num_local = args.nodes.ranks_per_node;
-        num_near = __popc(lanes & ((1u << num_local) - 1));
-        num_before = __popc(lanes & ((1u << (num_local + args.nodes.own)) - 1)) - num_near;
+        num_near = __popc(lanes & lanes_below(num_local));
+        num_before = __popc(lanes & lanes_below(num_local + args.nodes.own)) - num_near;
         num_behind = __popc(lanes) - num_near - num_before;
     }
 };

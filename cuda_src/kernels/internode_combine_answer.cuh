@@ -6,14 +6,14 @@
 
 namespace epcomm {
 
-// One warp: the question of `unit` from the rank of `node`, of `num_tokens` tokens.
+// One warp: the question of `unit` from the rank of `node`, of `num_rows` of its tokens.
 __device__ inline void answer_unit(const InternodeCombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe,
-                                   int node, uint32_t unit, int num_tokens) {
+                                   int node, uint32_t unit, int num_rows) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
-    const int lane = lane_index(), num_local = nodes.ranks_per_node, own = nodes.own;
+    const int lane = lane_index(), num_local = nodes.ranks_per_node;
     const uint64_t question = args.asked.head(comm, nodes, comm.rank, node, unit);
-    const uint64_t answer = args.answered.head(comm, nodes, nodes.on_rail(node), own, unit);
+    const uint64_t answer = args.answered.outgoing(comm, nodes, node, unit);
     auto row_of = [&](int i) {
         if (lane >= num_local) return -1;
         const int row = pointer<const volatile int32_t>(question + i * args.asked.row_bytes)[lane];
@@ -21,8 +21,7 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Share
         return row < shared.extents.num_rows[args.nodes.first_local() + lane] ? row : -1;
     };
     auto address = [&](int i) { return local_row_at(args, shared, lane, row_of(i)); };
-    pull_rows(pipe, args.row_bytes, num_tokens, address, [&](const PulledPiece& piece) {
-        if (piece.lanes == 0) return;  // the node has no row of this token
+    pull_rows(pipe, args.row_bytes, num_rows, address, [&](const PulledPiece& piece) {
         const uint64_t to = answer + static_cast<uint64_t>(piece.row) * args.answered.row_bytes;
         sum_pieces(pipe, {__popc(piece.lanes), 0, 0}, piece.num_bytes, 0, 0, to + piece.begin);
         if (piece.begin != 0 || args.num_topk == 0) return;
@@ -36,11 +35,11 @@ __device__ inline bool answer(const InternodeCombineArgs& args, const Call& call
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
     return for_each_message(args, shared.entries, args.asked, share, [&](int node, uint32_t unit) {
-        const int num_tokens = await_message(comm, call, nodes, args.asked, kAsked, node, unit);
-        if (num_tokens < 0) return false;
-        answer_unit(args, shared, pipe, node, unit, num_tokens);
+        const int num_rows = await_message(comm, call, nodes, args.asked, kAsked, node, unit);
+        if (num_rows < 0) return false;
+        answer_unit(args, shared, pipe, node, unit, num_rows);
         // Who asks has room for the answer, so that none is ever waited for.
-        note_sent(comm, call, nodes, args.answered, kAnswered, lane_index() == 0 ? node : -1, unit, num_tokens);
+        send(comm, call, nodes, args.answered, kAnswered, lane_index() == 0 ? node : -1, unit, num_rows);
         return true;
     });
 }

@@ -13,19 +13,20 @@ __device__ inline uint64_t* used_word(const InternodeCombineArgs& args, uint32_t
 }
 
 // One warp: whether the groups of `unit` are free, or wait until they are. -1: the call has failed.
-__device__ inline int find_room(const InternodeCombineArgs& args, const Call& call, uint32_t unit, bool waits) {
+__device__ inline int find_room(const InternodeCombineArgs& args, const Call& call, const Destination& to,
+                                uint32_t unit, bool waits) {
     if (unit < args.asked.num_groups) return 1;
     auto awaited = [&] {
-        // ACQUIRE the group. Pairs with the release of note_used, in another warp of this rank.
-        if (lane_index() != 0) return 0u;
+        // ACQUIRE the group. Pairs with the release of note_used, in another warp of this rank. That one waits for answers.
+        if (to.node < 0) return 0u;
         uint64_t word;
         const bool is_there = acquire_if(used_word(args, unit), word,
                                          [&](uint64_t seen) { return is_free(call, seen, args.asked, unit); });
-        return is_there ? 0u : 1u << args.comm.rank;
+        return is_there ? 0u : 1u << args.nodes.on_rail(to.node);
     };
     const int answer = !waits ? __all_sync(~0u, awaited() == 0)
                               : wait_in_lanes(args.comm, call, kPhaseAck, awaited) ? 1 : -1;
-    __syncwarp();  // what lane 0 has acquired is there for all
+    __syncwarp();  // what a lane has acquired is there for all
     return answer;
 }
 
@@ -43,22 +44,24 @@ struct Tokens {
           count(min(static_cast<int>(args.asked.unit_tokens), args.entry.num_tokens - first)) {}
 };
 
-// One warp: ask every other node for the tokens of `unit`, whose groups are free.
+// One warp: ask every other node for the tokens of `unit` that have rows there, whose groups are free.
 __device__ inline void ask(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
                            const Destination& to, uint32_t unit) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
     const int lane = lane_index(), own = nodes.own, node = nodes.node_of(min(lane, comm.num_ranks - 1));
     const bool is_far = lane < comm.num_ranks && node != own;
-    const uint64_t question = is_far ? args.asked.head(comm, nodes, nodes.on_rail(node), own, unit) : 0;
+    const uint64_t question = is_far ? args.asked.outgoing(comm, nodes, node, unit) : 0;
     const Tokens tokens(args, unit);
     uint32_t num_rows = 0;  // of all tokens at the node that a lane stands for
     for (int i = 0; i < tokens.count; ++i) {
         const Wanted wanted(args, shared.extents, tokens.first + i);
-        if (is_far) pointer<int32_t>(question + i * args.asked.row_bytes)[lane - nodes.first_of(node)] = wanted.row;
+        const uint32_t place = __shfl_sync(~0u, num_rows, is_far ? Destination::lane_of(args, node) : 0);
+        if (is_far && wanted.has_node(args, node))
+            pointer<int32_t>(question + place * args.asked.row_bytes)[lane - nodes.first_of(node)] = wanted.row;
         num_rows += wanted.has_node(args, to.node);
     }
-    note_sent(comm, call, nodes, args.asked, kAsked, to.node, unit, tokens.count);
+    send(comm, call, nodes, args.asked, kAsked, to.node, unit, num_rows);
     if (to.node >= 0 && num_rows > 0) ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[1], num_rows);
 }
 
@@ -66,13 +69,12 @@ __device__ inline void ask(const InternodeCombineArgs& args, const Call& call, c
 __device__ inline bool await_answers(const InternodeCombineArgs& args, const Call& call, const Destination& to,
                                      uint32_t unit) {
     const Comm& comm = args.comm;
-    const uint64_t wanted = sent_word(call, unit, Tokens(args, unit).count);
     auto awaited = [&] {
         if (to.node < 0) return 0u;
-        // ACQUIRE the answer. Pairs with the release of note_sent, there.
+        // ACQUIRE the answer. Pairs with the release of send, there.
         uint64_t word;
         const uint64_t* answered = args.nodes.word(comm, comm.rank, kAnswered, to.node, unit % args.answered.num_groups);
-        const bool is_there = acquire_if(answered, word, [&](uint64_t seen) { return seen == wanted; });
+        const bool is_there = acquire_if(answered, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
         return is_there ? 0u : 1u << args.nodes.on_rail(to.node);
     };
     if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return false;
@@ -105,7 +107,8 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
     const int lane = lane_index();
     const Tokens tokens(args, unit);
     const uint64_t answer = to.node >= 0 ? args.answered.head(comm, args.nodes, comm.rank, to.node, unit) : 0;
-    auto places = [&](int i, uint64_t& rows, uint64_t& weights) {
+    // Of the next token `i`, of which `num_answers` are before it.
+    auto places = [&](int i, uint32_t& num_answers, uint64_t& rows, uint64_t& weights) {
         const Wanted wanted(args, shared.extents, tokens.first + i);
         const int row = wanted.local_row(args, to);
         rows = weights = 0;
@@ -113,13 +116,14 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
             rows = local_row_at(args, shared, lane, row);
             weights = local_weights_at(args, shared, lane, row);
         } else if (wanted.has_node(args, to.node)) {
-            rows = answer + static_cast<uint64_t>(i) * args.answered.row_bytes;
+            rows = answer + static_cast<uint64_t>(num_answers++) * args.answered.row_bytes;
             weights = rows + args.answer_weights;
         }
     };
+    uint32_t num_pulled = 0, num_weighed = 0;
     auto address = [&](int i) {
         uint64_t rows, weights;
-        places(i, rows, weights);
+        places(i, num_pulled, rows, weights);
         return rows;
     };
     pull_rows(pipe, args.row_bytes, tokens.count, address, [&](const PulledPiece& piece) {
@@ -129,7 +133,7 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
         sum_pieces(pipe, Order(args, piece.lanes), piece.num_bytes, bias(0), bias(1), args.out + offset);
         if (piece.begin != 0 || args.num_topk == 0) return;
         uint64_t rows, weights;
-        places(piece.row, rows, weights);
+        places(piece.row, num_weighed, rows, weights);
         sum_weights(args, token, weights);
     });
 }
@@ -145,7 +149,7 @@ __device__ inline bool gather(const InternodeCombineArgs& args, const Call& call
     for (uint32_t unit = share.first(); unit < num_units; unit += step) {
         while (next < num_units && next <= unit + kUnitsAhead * step) {
             // What a warp has asked for it sums before it waits for others.
-            const int has_room = find_room(args, call, next, next == unit);
+            const int has_room = find_room(args, call, to, next, next == unit);
             if (has_room < 0) return false;
             if (has_room == 0) break;
             ask(args, call, shared, to, next);

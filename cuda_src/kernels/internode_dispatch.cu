@@ -52,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(768, 1)
     if (!good && args.num_worst_tokens > 0) pad_topk_idx(args, 0);
     if (is_last_block(comm, call)) {
         if (good && warp_index() == 0)
-            meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.dispatch_done; });
+            meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.dispatch_done; },
+                 args.nodes.ranks_of(args.nodes.own));
         if (threadIdx.x == 0) comm.page()->rows_to_nodes[0] = comm.state().rows_to_nodes[0];
         end(comm, call, !is_void);
     }

@@ -33,7 +33,7 @@ struct InternodeDispatchArgs {
 
     __device__ bool has_beside() const { return num_scales > 0 || has_metadata; }
 };
-static_assert(sizeof(InternodeDispatchArgs) == 288 + 24 + 2 * 32 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 4 + 10 * 4,
+static_assert(sizeof(InternodeDispatchArgs) == sizeof(Comm) + 24 + 2 * 32 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 4 + 10 * 4,
               "InternodeDispatchArgs differs from epcomm/kernels/internode_dispatch.py");
 
 // Where the fields of rows go at one rank of the own node: field f of row i is at field[f] + i * field_bytes(f).

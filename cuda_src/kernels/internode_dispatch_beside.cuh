@@ -30,9 +30,8 @@ __device__ inline int send_beside_unit(const InternodeDispatchArgs& args, const 
                                        uint32_t unit, int first, int end) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
-    const int lane = lane_index(), node = args.nodes.own;
-    const uint64_t group =
-        to.node >= 0 ? args.beside.head(comm, nodes, nodes.on_rail(to.node), node, unit) : 0;
+    const int lane = lane_index();
+    const uint64_t group = to.node >= 0 ? args.beside.outgoing(comm, nodes, to.node, unit) : 0;
     int num_sent = 0;
     for (int token = first; token < end; ++token) {
         const Wanted wanted(args, shared.extents, token);
@@ -74,9 +73,9 @@ __device__ inline bool send_beside(const InternodeDispatchArgs& args, const Call
         if (!await_group(comm, call, args.nodes, ring, kBesideTaken, to.node, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
         const int num_rows = send_beside_unit(args, shared, to, unit, first, end);
-        note_sent(comm, call, args.nodes, ring, kBesideSent, to.node, unit, num_rows);
+        send(comm, call, args.nodes, ring, kBesideSent, to.node, unit, num_rows);
     }
-    return true;
+    return await_taken(comm, call, args.nodes, ring, kBesideTaken, to.node, num_units, share);
 }
 
 __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const Call& call, const Shared& shared,

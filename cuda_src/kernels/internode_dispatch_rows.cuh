@@ -15,9 +15,7 @@ __device__ inline int send_unit(const InternodeDispatchArgs& args, const Shared&
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
     const int lane = lane_index(), node = args.nodes.own, rank_node = nodes.node_of(min(lane, comm.num_ranks - 1));
-    auto head_at = [&](int receiver) {
-        return args.rows.head(comm, nodes, nodes.on_rail(receiver), node, unit);
-    };
+    auto head_at = [&](int receiver) { return args.rows.outgoing(comm, nodes, receiver, unit); };
     const uint64_t group = to.node >= 0 ? head_at(to.node) + args.rows.head_bytes : 0;
     // Of a lane below the number of ranks: where the rows of that rank's node are told.
     const bool is_far = lane < comm.num_ranks && rank_node != node;
@@ -56,10 +54,10 @@ __device__ inline bool send_rows(const InternodeDispatchArgs& args, const Call& 
         if (!await_group(comm, call, args.nodes, ring, kRowsTaken, to.node, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
         const int num_rows = send_unit(args, shared, pipe, to, unit, first, end);
-        note_sent(comm, call, args.nodes, ring, kRowsSent, to.node, unit, num_rows);
+        send(comm, call, args.nodes, ring, kRowsSent, to.node, unit, num_rows);
         if (to.node >= 0 && num_rows > 0) ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[0], num_rows);
     }
-    return true;
+    return await_taken(comm, call, args.nodes, ring, kRowsTaken, to.node, num_units, share);
 }
 
 template <typename Pipe>

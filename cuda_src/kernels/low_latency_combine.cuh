@@ -70,7 +70,7 @@ struct LowLatencyCombineArgs {
         return static_cast<int>(pointer<const int64_t>(layout_range)[expert * comm.num_ranks + source] >> 32);
     }
 };
-static_assert(sizeof(LowLatencyCombineArgs) == 288 + 88 + 256 + 9 * 8 + 10 * 4 + 2 * 8,
+static_assert(sizeof(LowLatencyCombineArgs) == sizeof(Comm) + 88 + 256 + 9 * 8 + 10 * 4 + 2 * 8,
               "LowLatencyCombineArgs differs from epcomm/kernels/low_latency_combine.py");
 
 struct Shared {

@@ -67,7 +67,7 @@ struct LowLatencyDispatchArgs {
         return header_of(owner, source, max_tokens) + message * num_pieces + piece;
     }
 };
-static_assert(sizeof(LowLatencyDispatchArgs) == 288 + 88 + 15 * 8 + 3 * 8 + 10 * 4,
+static_assert(sizeof(LowLatencyDispatchArgs) == sizeof(Comm) + 88 + 15 * 8 + 3 * 8 + 10 * 4,
               "LowLatencyDispatchArgs differs from epcomm/kernels/low_latency_dispatch.py");
 
 struct Shared {

@@ -16,7 +16,7 @@ struct LowLatencyServiceArgs {
     uint64_t sequences;    // uint32 [2 * kNumSlots] or 0, out: of the last calls of all slots
     uint32_t resume[2 * kNumSlots];  // go on as if these had been the last calls, and everybody through with them; or 0
 };
-static_assert(sizeof(LowLatencyServiceArgs) == 288 + 4 * 4 + 2 * 8 + 16,
+static_assert(sizeof(LowLatencyServiceArgs) == sizeof(Comm) + 4 * 4 + 2 * 8 + 16,
               "LowLatencyServiceArgs differs from epcomm/kernels/low_latency_service.py");
 
 extern "C" __global__ void __launch_bounds__(kWarp)

@@ -65,21 +65,22 @@ __device__ inline void end(const Comm& comm, const Call& call, bool is_counted =
     }
 }
 
-// One warp of the last block: tell every rank that this one is done with `call`, and wait for all of them.
+// One warp of the last block: tell `ranks`, a bit each, that this one is done with `call`, and wait for them.
 // `word(signals)` is the array of done words of the operation.
-template <typename Word> __device__ inline bool meet(const Comm& comm, const Call& call, Word word) {
+template <typename Word>
+__device__ inline bool meet(const Comm& comm, const Call& call, Word word, uint32_t ranks = ~0u) {
     const int lane = lane_index();
     // A block that gave up has poisoned this rank, too: the peers must not hear that its work is done.
     if (__any_sync(~0u, poison_of(comm) != 0)) {
         if (lane == 0) record_poison(comm, call, kPhaseDone, 0);
         return false;
     }
-    if (lane == 0) ptx::fence_acq_rel_sys();
-    __syncwarp();
+    ptx::fence_acq_rel_sys();
     // RELEASE done[me] at rank `lane`. Pairs with the ACQUIRE below, there.
-    if (lane < comm.num_ranks) ptx::st_release_sys(&word(comm.of(lane))[comm.rank], call.sequence);
+    if (lane < comm.num_ranks && (ranks >> lane & 1))
+        set_word(comm, lane, &word(comm.own())[comm.rank], call.sequence);
     return wait_for_ranks(comm, call, kPhaseDone, [&](int r) {
-        return reached(ptx::ld_acquire_sys(&word(comm.own())[r]), call.sequence);
+        return !(ranks >> r & 1) || reached(ptx::ld_acquire_sys(&word(comm.own())[r]), call.sequence);
     });
 }
 

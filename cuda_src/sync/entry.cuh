@@ -45,12 +45,12 @@ __device__ inline void post_entry(const Comm& comm, const Call& call, const Entr
     const int lane = lane_index();
     if (lane >= comm.num_ranks) return;
     ptx::fence_acq_rel_sys();
-    EntryCells& mine = entry_cells(comm.of(lane), call)[comm.rank];
+    EntryCells& mine = entry_cells(comm.own(), call)[comm.rank];
     // RELEASE entry[me] at rank `lane`. Pairs with the ACQUIRE in await_entries, there.
-    ptx::st_release_sys(&mine.rows, tagged(call.sequence, entry.rows));
-    ptx::st_release_sys(&mine.metadata, tagged(call.sequence, entry.metadata));
-    ptx::st_release_sys(&mine.num_tokens, tagged(call.sequence, entry.num_tokens));
-    ptx::st_release_sys(&mine.digest, tagged(call.sequence, digest_of(entry.agreed)));
+    set_word(comm, lane, &mine.rows, tagged(call.sequence, entry.rows));
+    set_word(comm, lane, &mine.metadata, tagged(call.sequence, entry.metadata));
+    set_word(comm, lane, &mine.num_tokens, tagged(call.sequence, entry.num_tokens));
+    set_word(comm, lane, &mine.digest, tagged(call.sequence, digest_of(entry.agreed)));
 }
 
 // One warp: wait for the entries of all ranks.
@@ -76,10 +76,9 @@ __device__ __noinline__ void report_mismatch(const Comm& comm, Call call, const 
                                              uint32_t awaited = ~0u, bool leaves_late = false) {
     const int lane = lane_index();
     if (lane < comm.num_ranks) {
-        uint64_t* mine = agreed_cells(comm.of(lane), call)[comm.rank];
+        uint64_t* mine = agreed_cells(comm.own(), call)[comm.rank];
         // Each cell carries its own flag: pairs with the loads below, at rank `lane`.
-        for (int i = 0; i < kNumEntryAgreed; ++i)
-            ptx::st_relaxed_sys(&mine[i], tagged(call.sequence, agreed[i]));
+        for (int i = 0; i < kNumEntryAgreed; ++i) set_word(comm, lane, &mine[i], tagged(call.sequence, agreed[i]));
     }
     HostPage* page = comm.page();
     const uint32_t num_before = *const_cast<volatile uint32_t*>(&page->num_mismatches);

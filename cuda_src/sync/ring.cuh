@@ -6,8 +6,12 @@
 // the units in ascending order, whoever of their warps is in charge of one, so that the lowest unit that is not taken can
 // always be sent, and taken: nobody waits in a circle, with any number of groups. Each word has one writer at a time.
 //
-// The area of a rank: words [kNumWords][num_nodes][kMaxGroups], then the groups, cut anew for each call. Between calls all
-// ranks meet, and every message of a call is taken before.
+// Where a rank is behind the network, a message is written to a group of the sender's own and copied from there. What
+// says that the receiver has it, or has answered it, says that this group is free, too: nobody waits for the network.
+//
+// The area of a rank: words [kNumWords][num_nodes][kMaxGroups], then the groups of all rings that end here, and behind each
+// ring, where there is a network, as many to send from; cut anew for each call. Nobody sends before it has heard that all
+// ranks are in the call, and nobody leaves before what it has sent was taken: groups and words are free between calls.
 #pragma once
 
 #include "ptx/bulk.cuh"
@@ -29,10 +33,10 @@ enum RingWord : int {
     kNumRingWords = 6
 };
 
-// How ranks form nodes, and where every rank's area is in its region. Rank (n, l) is local rank l of node n; the ranks with
+// How ranks form nodes, and where every rank's area is. Rank (n, l) is local rank l of node n; the ranks with
 // one l are a rail. Twin: epcomm/kernels/rings.py.
 struct Nodes {
-    uint64_t area;  // offset
+    uint64_t area;  // from Comm::control
     int32_t ranks_per_node, num_nodes;
     int32_t own, local;  // this rank's node, and its place there: a division takes long
 
@@ -48,7 +52,7 @@ struct Nodes {
     // At `rank`: a word for the rank of `node` on its rail.
     __device__ uint64_t* word(const Comm& comm, int rank, RingWord what, int node, uint32_t group) const {
         const uint64_t index = (static_cast<uint64_t>(what) * num_nodes + node) * kMaxGroups + group;
-        return pointer<uint64_t>(comm.region[rank] + area) + index;
+        return pointer<uint64_t>(comm.control[rank] + area) + index;
     }
 };
 static_assert(sizeof(Nodes) == 24);
@@ -62,7 +66,12 @@ struct Ring {
     // At `rank`: the group of a unit in the ring for the rank of `node` on its rail.
     __device__ uint64_t head(const Comm& comm, const Nodes& nodes, int rank, int node, uint32_t unit) const {
         const uint64_t group = static_cast<uint64_t>(node) * num_groups + unit % num_groups;
-        return comm.region[rank] + nodes.area + offset + group * group_bytes;
+        return comm.control[rank] + nodes.area + offset + group * group_bytes;
+    }
+    // Where this rank writes a message for the rank of `node` on its rail: into the group there, or in front of the network.
+    __device__ uint64_t outgoing(const Comm& comm, const Nodes& nodes, int node, uint32_t unit) const {
+        return kHasNetwork ? head(comm, nodes, comm.rank, nodes.num_nodes + node, unit)
+                           : head(comm, nodes, nodes.on_rail(node), nodes.own, unit);
     }
     __device__ uint32_t num_units(uint32_t num_tokens) const { return (num_tokens + unit_tokens - 1) / unit_tokens; }
 };
@@ -79,6 +88,11 @@ template <typename IsThere> __device__ inline bool acquire_if(const uint64_t* ad
 
 __device__ inline uint64_t sent_word(const Call& call, uint32_t unit, uint32_t num_rows) {
     return tagged(call.sequence, (unit + 1) << 6 | num_rows);
+}
+
+// Whether a word says that the message of `unit` is there.
+__device__ inline bool is_of_unit(const Call& call, uint64_t word, uint32_t unit) {
+    return word >> 32 == call.sequence && static_cast<uint32_t>(word) >> 6 == unit + 1;
 }
 
 // Whether the group of `unit` is free by what was taken from it last.
@@ -109,16 +123,25 @@ __device__ inline bool await_group(const Comm& comm, const Call& call, const Nod
     return true;
 }
 
-// One warp, when its stores to the groups of `unit` are complete; a lane with a `node` says that `num_rows` are there.
-__device__ inline void note_sent(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
-                                 RingWord sent, int node, uint32_t unit, uint32_t num_rows) {
+// One warp, when its stores to the groups of `unit` are complete: send them; a lane with a `node` says that it gets
+// `num_rows`.
+__device__ inline void send(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring, RingWord sent,
+                            int node, uint32_t unit, uint32_t num_rows) {
     __syncwarp();
-    ptx::fence_acq_rel_sys();
-    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE of
-    // await_message, there.
-    if (node >= 0)
-        ptx::st_relaxed_sys(nodes.word(comm, nodes.on_rail(node), sent, nodes.own, unit % ring.num_groups),
-                            sent_word(call, unit, num_rows));
+    uint64_t* word = nodes.word(comm, comm.rank, sent, nodes.own, unit % ring.num_groups);
+    for (uint32_t rest = kHasNetwork ? __ballot_sync(~0u, node >= 0 && num_rows > 0) : 0; rest != 0; rest &= rest - 1) {
+        const int lane = __ffs(rest) - 1, to = __shfl_sync(~0u, node, lane);
+        const uint32_t count = __shfl_sync(~0u, num_rows, lane);
+        // RELEASE the message. Pairs with the ACQUIRE of await_message, there.
+        send_message(comm, nodes.on_rail(to), ring.head(comm, nodes, comm.rank, nodes.own, unit),
+                     ring.outgoing(comm, nodes, to, unit), ring.head_bytes + count * ring.row_bytes, word,
+                     sent_word(call, unit, count));
+    }
+    if (!kHasNetwork) ptx::fence_acq_rel_sys();
+    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs as above; through the network
+    // go only words of messages without rows here.
+    if (node >= 0 && (!kHasNetwork || num_rows == 0))
+        set_word(comm, nodes.on_rail(node), word, sent_word(call, unit, num_rows));
 }
 
 // One warp waits for the message of `unit` from the rank of `node` on its rail; -1: the call has failed. Else its rows.
@@ -129,10 +152,8 @@ __device__ inline int await_message(const Comm& comm, const Call& call, const No
     uint64_t word = 0;
     auto awaited = [&] {
         if (lane_index() != 0) return 0u;
-        // ACQUIRE the message. Pairs with the release of note_sent, there.
-        const bool is_there = acquire_if(address, word, [&](uint64_t seen) {
-            return seen >> 32 == call.sequence && static_cast<uint32_t>(seen) >> 6 == unit + 1;
-        });
+        // ACQUIRE the message. Pairs with the release of send, there.
+        const bool is_there = acquire_if(address, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
         return is_there ? 0u : 1u << source;
     };
     if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return -1;
@@ -150,9 +171,10 @@ __device__ inline void note_taken(const Comm& comm, const Call& call, const Node
                                   RingWord taken, int node, uint32_t unit) {
     __syncwarp();
     if (lane_index() != 0) return;
+    ptx::fence_acq_rel_sys();
     // RELEASE the group. Pairs with the ACQUIRE of await_group, there.
-    ptx::st_release_sys(nodes.word(comm, nodes.on_rail(node), taken, nodes.own, unit % ring.num_groups),
-                        tagged(call.sequence, unit + 1));
+    set_word(comm, nodes.on_rail(node), nodes.word(comm, comm.rank, taken, nodes.own, unit % ring.num_groups),
+             tagged(call.sequence, unit + 1));
 }
 
 }  // namespace epcomm

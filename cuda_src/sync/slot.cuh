@@ -19,7 +19,7 @@ inline constexpr uint32_t kSend = 1, kReceive = 2;  // halves of a call
 
 // What low-latency argument structs begin with, behind Comm.
 struct SlotArgs {
-    uint64_t rows;        // offset of the slot's rows in a region
+    uint64_t rows;        // offset of the slot's rows, from Comm::control
     uint64_t cells;       // offset of its cells
     uint32_t operation;   // Operation, that of the slot
     uint32_t halves;
@@ -29,9 +29,9 @@ struct SlotArgs {
     uint32_t unused;
     uint32_t agreed[kNumEntryAgreed];  // what must be equal on all ranks
 
-    __device__ uint64_t rows_at(const Comm& comm, int rank) const { return comm.region[rank] + rows; }
+    __device__ uint64_t rows_at(const Comm& comm, int rank) const { return comm.control[rank] + rows; }
     __device__ uint64_t* cells_at(const Comm& comm, int rank) const {
-        return pointer<uint64_t>(comm.region[rank] + cells);
+        return pointer<uint64_t>(comm.control[rank] + cells);
     }
     __device__ int index() const { return operation - kLowLatencyDispatch; }
     __device__ bool sends() const { return halves & kSend; }
@@ -84,7 +84,7 @@ __device__ __noinline__ void acknowledge(const Comm& comm) {
         const int slot = __ffs(rest) - 1;
         const uint32_t last = __shfl_sync(~0u, received, slot);
         // RELEASE slot_ack[me] at every rank. Pairs with the ACQUIRE in look_for_room, there.
-        if (lane < comm.num_ranks) ptx::st_relaxed_sys(&comm.of(lane).slot_ack[slot][comm.rank], last);
+        if (lane < comm.num_ranks) set_word(comm, lane, &comm.own().slot_ack[slot][comm.rank], last);
     }
     if (lane < kNumWords) state.acknowledged[lane] = received;
 }
@@ -181,7 +181,7 @@ __device__ inline void greet(const Comm& comm, const Call& call, const SlotArgs&
     const uint32_t word = greeting.is_rejected ? kRejected : is_masked ? kLeftOut : slot.digest | greeting.is_pulled;
     // Pairs with await_words, there. Carries its own flag; where ranks may be left out it is released by greet_at_last.
     if (lane < comm.num_ranks)
-        ptx::st_relaxed_sys(&comm.of(lane).slot_ready[slot.index()][comm.rank], tagged(call.sequence, word));
+        set_word(comm, lane, &comm.own().slot_ready[slot.index()][comm.rank], tagged(call.sequence, word));
 }
 
 // One warp of every block, behind the barrier: what others wait for.

@@ -4,8 +4,7 @@
 // and returns false; the kernel then leaves by its ordinary way out. The CUDA context stays usable.
 #pragma once
 
-#include "common/layout.cuh"
-#include "ptx/memory.cuh"
+#include "transport/peer.cuh"
 
 namespace epcomm {
 
@@ -36,7 +35,7 @@ __device__ __noinline__ void record_error(const Comm& comm, Call call, ErrorKind
 
 // End the waits of all ranks; this Buffer is broken for good.
 __device__ __noinline__ void poison_all(const Comm& comm) {
-    for (int r = 0; r < comm.num_ranks; ++r) ptx::st_relaxed_sys(&comm.of(r).poison, 1u + comm.rank);
+    for (int r = 0; r < comm.num_ranks; ++r) set_word(comm, r, &comm.own().poison, 1u + comm.rank);
 }
 
 // 1 + the rank that gave up, or 0; nobody here cares about one that is masked.

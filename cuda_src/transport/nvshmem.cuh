@@ -6,7 +6,7 @@
 //
 // Addresses are those of this rank's symmetric heap: `to` and `signal` name the place at the same offset in the heap of
 // the processing element (PE) `pe`. `from` may lie in the heap, or in any memory of this GPU where the PE is reached by
-// plain stores (NVLink, PCIe) alone.
+// plain stores (NVLink, PCIe) alone. A warp writes to such a PE itself: NVSHMEM's own copy has 16 bytes a lane under way.
 //
 // Order. A put_signal delivers its signal after its own bytes, and says nothing of other puts: those of a warp or block
 // are ordered by waiting for their signals alone. Of the words and signals that one thread sends to one PE, what comes
@@ -41,6 +41,7 @@
 #include <device/nvshmemx_defines.h>
 
 #include "common/types.cuh"
+#include "ptx/memory.cuh"
 
 static_assert(NVSHMEM_VENDOR_VERSION >= 30405, "NVSHMEM 3.4.5 or newer is needed: see epcomm/jit/nvshmem_wheel.py");
 
@@ -50,12 +51,42 @@ __device__ __forceinline__ int my_pe() { return nvshmem_my_pe(); }
 
 __device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
 
+// All lanes of a warp: copy `num_bytes`, a multiple of 16 as the addresses are, by loads and stores.
+__device__ __forceinline__ void copy(void* to, const void* from, uint64_t num_bytes) {
+    constexpr int kUnroll = 4;
+    const Vector* source = static_cast<const Vector*>(from);
+    Vector* target = static_cast<Vector*>(to);
+    const uint64_t num_vectors = num_bytes / sizeof(Vector);
+    for (uint64_t first = lane_index(); first - lane_index() < num_vectors; first += kUnroll * kWarp) {
+        Vector values[kUnroll];
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (first + i * kWarp < num_vectors) values[i] = source[first + i * kWarp];
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (first + i * kWarp < num_vectors) target[first + i * kWarp] = values[i];
+    }
+}
+
 // All lanes of a warp, with equal arguments: copy `num_bytes` to the PE, and set its word `signal` to `value` when they
-// are there. May return before; `from` is in use until then. Begins and ends with __syncwarp, so the lanes may have
-// written `from` just before.
+// are there; addresses and size are multiples of 16. May return before; `from` is in use until then. Begins and ends with
+// __syncwarp, so the lanes may have written `from` just before.
 __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
                                            uint64_t value, int pe) {
-    nvshmemx_putmem_signal_nbi_warp(to, from, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
+    void* there = nvshmem_ptr(to, pe);
+    if (there == nullptr) {
+        nvshmemx_putmem_signal_nbi_warp(to, from, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
+        return;
+    }
+    __syncwarp();
+    copy(there, from, num_bytes);
+    __syncwarp();
+    if (lane_index() == 0) {
+        // What all lanes have written: the fence follows __syncwarp.
+        ptx::fence_acq_rel_sys();
+        ptx::st_relaxed_sys(static_cast<uint64_t*>(nvshmem_ptr(signal, pe)), value);
+    }
+    __syncwarp();
 }
 
 // All threads of a block, with equal arguments: as above, with __syncthreads.
@@ -64,14 +95,19 @@ __device__ __forceinline__ void put_signal_block(void* to, const void* from, uin
     nvshmemx_putmem_signal_nbi_block(to, from, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
 }
 
-// One thread: set the PE's word. Not ordered behind anything, not even this thread's loads: fence() first.
+// One thread: set the PE's word. Not ordered behind what this thread sends: fence() first. Nor behind its loads: a fence of
+// the memory model, ptx::fence_acq_rel_sys, first.
 __device__ __forceinline__ void set_signal(uint64_t* signal, uint64_t value, int pe) {
     nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_SET, pe);
 }
 
-// One thread: write 8 aligned bytes, which arrive whole.
+// One thread: write 8 or 4 aligned bytes, which arrive whole; in order as set_signal.
 __device__ __forceinline__ void put_word(uint64_t* to, uint64_t value, int pe) {
     nvshmem_uint64_p(to, value, pe);
+}
+
+__device__ __forceinline__ void put_word(uint32_t* to, uint32_t value, int pe) {
+    nvshmem_uint32_p(to, value, pe);
 }
 
 // One thread: see Order above.

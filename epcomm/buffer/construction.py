@@ -16,6 +16,8 @@ from epcomm.errors import EpcommError, InputError, PeerError, RankMismatch, Shap
 __all__ = ["agree_on_settings", "choose_backend", "make_backend"]
 
 _BACKENDS = ("auto", "host", "cuda")
+_CHOICES = {"EPCOMM_BACKEND": _BACKENDS, "EPCOMM_TRANSPORT": ("auto", "ipc", "nvshmem")}
+_AGREED_VARIABLES = ("EPCOMM_BACKEND", "EPCOMM_HOST_TRANSPORT", "EPCOMM_TRANSPORT")
 
 
 def agree_on_settings(
@@ -43,7 +45,7 @@ def agree_on_settings(
         seconds, check_routing = _timeout(timeout_s), env.get("EPCOMM_CHECK")
     except EpcommError as error:
         problem = error
-    environment = {name: env.lookup(name) for name in ("EPCOMM_BACKEND", "EPCOMM_HOST_TRANSPORT")}
+    environment = {name: env.lookup(name) for name in _AGREED_VARIABLES}
     _agree(comm, {**settings, **environment}, problem)
     return seconds, check_routing
 
@@ -97,13 +99,10 @@ def _check_settings(sizes: dict[str, Any], backend: str, ranks_per_node: int | N
         raise ShapeError("ranks_per_node", got=repr(ranks_per_node), wanted="a number of ranks, or None")
     if backend not in _BACKENDS:
         raise InputError("backend", got=repr(backend), wanted="'auto', 'host' or 'cuda'")
-    if env.get("EPCOMM_BACKEND") not in _BACKENDS:
-        raise InputError(
-            "EPCOMM_BACKEND",
-            got=repr(env.get("EPCOMM_BACKEND")),
-            wanted="auto, host or cuda",
-            do="correct the environment variable",
-        )
+    for name, choices in _CHOICES.items():
+        if env.get(name) not in choices:
+            wanted = ", ".join(choices[:-1]) + " or " + choices[-1]
+            raise InputError(name, got=repr(env.get(name)), wanted=wanted, do="correct the environment variable")
 
 
 def _timeout(timeout_s: Any) -> float:
@@ -129,9 +128,7 @@ def choose_backend(comm: Communicator, topology: Topology, wanted: str) -> str:
         return "host"
     from epcomm.backends import cuda
 
-    problem = cuda.why_not()
-    if not problem and len(topology.same_host_ranks) != comm.size:
-        problem = f"ranks on {len(set(topology.hosts))} hosts, where this release connects the GPUs of one"
+    problem = cuda.why_not() or cuda.why_no_network(topology)
     problems = {rank: text for rank, text in enumerate(comm.allgather(problem)) if text}
     if problems and wanted == "cuda":
         listed = "; ".join(f"rank {rank}: {text}" for rank, text in problems.items())

@@ -1,5 +1,7 @@
 """Every kernel: its program, its argument struct and its launch shape. Nothing here touches a GPU."""
 
+from dataclasses import replace
+
 from epcomm.jit import Program
 from epcomm.kernels import (
     barrier,
@@ -15,7 +17,7 @@ from epcomm.kernels import (
     network_probe,
 )
 
-__all__ = ["INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "NVSHMEM_PROGRAMS", "PROGRAMS", "programs_of"]
+__all__ = ["INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "NVSHMEM_PROGRAMS", "PROGRAMS", "over_network", "programs_of"]
 
 _COMMON_PROGRAMS = (dispatch_layout.PROGRAM, exchange.PROGRAM, barrier.PROGRAM)
 PROGRAMS: tuple[Program, ...] = (*_COMMON_PROGRAMS, dispatch.PROGRAM, *combine.PROGRAMS.values())
@@ -30,11 +32,24 @@ LOW_LATENCY_PROGRAMS: tuple[Program, ...] = (
     low_latency_service.PROGRAM,
 )
 
+
+def over_network(program: Program) -> Program:
+    """The same for ranks that are reached through NVSHMEM; of a program that tells no rank anything, that program."""
+    if program == dispatch_layout.PROGRAM:
+        return program
+    return replace(program, defines=(*program.defines, ("KERNEL_NVSHMEM", "1")), nvshmem=True)
+
+
 # Linked with NVSHMEM.
-NVSHMEM_PROGRAMS: tuple[Program, ...] = (network_probe.PROGRAM,)
+NVSHMEM_PROGRAMS: tuple[Program, ...] = (
+    network_probe.PROGRAM,
+    *map(over_network, (exchange.PROGRAM, barrier.PROGRAM, *INTERNODE_PROGRAMS)),
+)
 
 
-def programs_of(num_nodes: int, low_latency_mode: bool) -> tuple[Program, ...]:
-    """The programs of a Buffer."""
+def programs_of(num_nodes: int, low_latency_mode: bool, has_network: bool) -> tuple[Program, ...]:
+    """The programs of a Buffer; `has_network`: other nodes are reached through NVSHMEM."""
     programs = PROGRAMS if num_nodes == 1 else (*_COMMON_PROGRAMS, *INTERNODE_PROGRAMS)
-    return (*programs, *LOW_LATENCY_PROGRAMS) if low_latency_mode else programs
+    if low_latency_mode:
+        programs = (*programs, *LOW_LATENCY_PROGRAMS)
+    return tuple(map(over_network, programs)) if has_network else programs

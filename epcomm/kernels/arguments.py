@@ -15,16 +15,32 @@ from epcomm.kernels.layout import MAX_RANKS
 
 __all__ = ["COMM", "Arguments", "comm_bytes", "divisor"]
 
-COMM = struct.Struct(f"<{MAX_RANKS}Q3Q2i")
-assert COMM.size == 288
+COMM = struct.Struct(f"<{MAX_RANKS}Q{MAX_RANKS}Q{MAX_RANKS}H3Q2i")
+assert COMM.size == 608
 
 
 def comm_bytes(
-    regions: Sequence[int], host_page: int, region_bytes: int, timeout_ns: int, rank: int, num_ranks: int
+    regions: Sequence[int],
+    control: Sequence[int],
+    pes: Sequence[int],
+    host_page: int,
+    region_bytes: int,
+    timeout_ns: int,
+    rank: int,
 ) -> bytes:
-    """The ``Comm`` of a rank; `regions` are the addresses of all ranks' regions in this process."""
-    padded = [*regions, *[0] * (MAX_RANKS - len(regions))]
-    return COMM.pack(*padded, host_page, region_bytes, timeout_ns, rank, num_ranks)
+    """The ``Comm`` of a rank.
+
+    Args:
+        regions: address of every rank's region in this process, 0: there is none.
+        control: likewise, of its words and messages.
+        pes: every rank's number in NVSHMEM, empty without it.
+        host_page: address of the host's page.
+        region_bytes: of a region.
+        timeout_ns: bound of the waits.
+        rank: this rank.
+    """
+    by_rank = [value for values in (regions, control, pes) for value in [*values, *[0] * (MAX_RANKS - len(values))]]
+    return COMM.pack(*by_rank, host_page, region_bytes, timeout_ns, rank, len(regions))
 
 
 @functools.lru_cache(maxsize=256)

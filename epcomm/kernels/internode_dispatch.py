@@ -21,6 +21,10 @@ _MAX_ROW_WARPS = 16  # half of them send, half of them forward
 # As in `epcomm.kernels.dispatch`; a warp waits for its rows at the end of each message, so more are under way.
 _BYTES_UNDER_WAY = 14 << 20
 _MAX_PIECE = 14336  # bytes
+# Through a network: a warp that sends copies its messages, too, so that many warps must, with what is under way between
+# them.
+_MAX_STAGED_PIECE = 7168
+_SENDING = 0.6
 _UNIT_BYTES = 32 << 10  # of rows of a message: less is bound by latency, more comes late
 _BESIDE_TOKENS = 8
 WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
@@ -52,17 +56,17 @@ class Beside(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int) -> Shape:
+def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int, is_staged: bool) -> Shape:
     """As `epcomm.kernels.dispatch.shape`. Some warps send rows, the others forward them: from each other node about as
-    many as are sent to the own one.
+    many as are sent to the own one. `is_staged` as for `epcomm.kernels.rings.Rings`.
     """
-    pieces = cut(row_bytes, _MAX_PIECE)
+    pieces = cut(row_bytes, _MAX_STAGED_PIECE if is_staged else _MAX_PIECE)
     stage_bytes = STAGES * pieces.piece_bytes if memory else 0
     warps = _MAX_ROW_WARPS
     if memory:
-        wanted = round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
+        wanted = warps if is_staged else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
         warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_ROW_WARPS, wanted)))
-    senders = max(1, min(warps - 1, round(warps / num_nodes)))
+    senders = max(1, min(warps - 1, round(warps * (_SENDING if is_staged else 1 / num_nodes))))
     threads = 32 * (warps + 2 * BESIDE_WARPS)
     return Shape(pieces, senders, warps - senders, threads, pipe_bytes(warps, STAGES, stage_bytes))
 

@@ -32,7 +32,7 @@ MAX_TOPK = 32
 MAX_LOCAL_EXPERTS = 1024
 NUM_AGREED, NUM_ENTRY_AGREED = 16, 12
 UNIT = 128  # bytes; offsets in a region travel in units of this
-WORKSPACE_BYTES = 1 << 20
+WORKSPACE_BYTES = 2 << 20
 
 # What a rank says instead of the offset of a block.
 THROUGH_WINDOW, REJECTED, NO_BLOCK = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD

@@ -19,14 +19,14 @@ _CELL_UNIT = 16  # bytes
 
 
 class Slot(NamedTuple):
-    """Where a slot lies in a region."""
+    """Where a slot lies, from a rank's ``Comm::control``."""
 
     rows: int
     cells: int
 
 
 class Area(NamedTuple):
-    """The low-latency area of a region: `config.low_latency_bytes`, from `offset` on. Rows of all lanes, then cells."""
+    """The low-latency area of a rank: `config.low_latency_bytes`, from `offset` on. Rows of all lanes, then cells."""
 
     offset: int
     num_bytes: int

@@ -49,26 +49,40 @@ def words_bytes(num_nodes: int) -> int:
     return _NUM_WORDS * num_nodes * MAX_GROUPS * 8
 
 
-def least_area_bytes(num_nodes: int) -> int:
-    """Bytes of the smallest area."""
-    return round_up(words_bytes(num_nodes), UNIT) + num_nodes * _LEAST_BYTES
+def least_area_bytes(num_nodes: int, *, is_staged: bool) -> int:
+    """Bytes of the smallest area; `is_staged` as for `Rings`."""
+    return round_up(words_bytes(num_nodes), UNIT) + _num_rings(num_nodes, is_staged) * _LEAST_BYTES
+
+
+def _num_rings(num_nodes: int, is_staged: bool) -> int:
+    return num_nodes * (2 if is_staged else 1)
 
 
 class Rings:
-    """The area of a rank for what comes from other nodes, `num_bytes` at `offset` of its region.
+    """The area of a rank for what comes from other nodes, `num_bytes` at `offset` of its words and messages.
+
+    Args:
+        offset, num_bytes: of the area.
+        rank: this rank.
+        ranks_per_node, num_nodes: of the job.
+        is_staged: nodes are behind a network, and the area has a second ring for each, in which messages start.
 
     Attributes:
         nodes: fields of the struct ``Nodes``.
+        is_staged: as above.
 
     Raises:
         CapacityError: there is not even room for the smallest rows.
     """
 
-    def __init__(self, offset: int, num_bytes: int, rank: int, ranks_per_node: int, num_nodes: int) -> None:
+    def __init__(
+        self, offset: int, num_bytes: int, rank: int, ranks_per_node: int, num_nodes: int, *, is_staged: bool
+    ) -> None:
         self.nodes = (offset, ranks_per_node, num_nodes, *divmod(rank, ranks_per_node))
+        self.is_staged = is_staged
         self._words = round_up(words_bytes(num_nodes), UNIT)
-        self._num_bytes, self._num_nodes = num_bytes, num_nodes
-        least = least_area_bytes(num_nodes)
+        self._num_bytes, self._num_nodes, self._num_rings = num_bytes, num_nodes, _num_rings(num_nodes, is_staged)
+        least = least_area_bytes(num_nodes, is_staged=is_staged)
         if num_bytes < least:
             raise self._too_small(least, "of the smallest rows")
 
@@ -82,11 +96,11 @@ class Rings:
 
     def least_bytes(self, *messages: Message) -> int:
         """What the area takes with a single group for each message and node."""
-        return self._words + self._num_nodes * sum(message.group_bytes for message in messages)
+        return self._words + self._num_rings * sum(message.group_bytes for message in messages)
 
     def has_room(self, *messages: Message) -> bool:
         """Whether there is room for some groups of each, so that ranks do not wait for each other's every message."""
-        some = self._num_nodes * _SOME_GROUPS * sum(message.group_bytes for message in messages)
+        some = self._num_rings * _SOME_GROUPS * sum(message.group_bytes for message in messages)
         return self._words + some <= self._num_bytes
 
     def cut(self, messages: tuple[Message, ...], wanted: tuple[int, ...]) -> tuple[Ring, ...]:
@@ -103,7 +117,7 @@ class Rings:
         if self._num_bytes < least:
             raise self._too_small(least, "of such rows")
         # One group of each, and of what is left the same part of all that is wanted.
-        more = self._num_nodes * sum(m.group_bytes * (most - 1) for m, most in zip(messages, wanted, strict=True))
+        more = self._num_rings * sum(m.group_bytes * (most - 1) for m, most in zip(messages, wanted, strict=True))
         room = self._num_bytes - least
         rings, offset = [], self._words
         for message, most in zip(messages, wanted, strict=True):
@@ -113,5 +127,5 @@ class Rings:
                     offset, num_groups, message.group_bytes, message.head_bytes, message.row_bytes, message.unit_tokens
                 )
             )
-            offset += self._num_nodes * num_groups * message.group_bytes
+            offset += self._num_rings * num_groups * message.group_bytes
         return tuple(rings)

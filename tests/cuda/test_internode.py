@@ -1,4 +1,7 @@
-"""High-throughput dispatch and combine over virtual nodes on GPUs: two hops, bitwise equal to the two-level oracle."""
+"""High-throughput dispatch and combine over virtual nodes on GPUs: two hops, bitwise equal to the two-level oracle.
+
+Rows cross between nodes by plain stores, and through NVSHMEM.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from helpers.cases import (
 )
 from helpers.frames import CUPY, assign, down
 from helpers.gpu import busy, need_gpu
+from helpers.nvrtc import needs_nvshmem
 
 from epcomm import Buffer
 from epcomm.errors import CapacityError, PeerError
@@ -33,14 +37,35 @@ NETWORK_BYTES = 24 << 20
 MANY_TOKENS = Case("many tokens", tokens=(700, 13, 901, 0, 350), hidden=64, num_topk=6, scales=row_major_scales)
 
 
-def make_buffer(comm=None, ranks_per_node=1, num_rdma_bytes=NETWORK_BYTES, num_nvl_bytes=64 << 20) -> Buffer:
-    return Buffer(
-        comm, num_nvl_bytes, num_rdma_bytes, backend="cuda", ranks_per_node=ranks_per_node, timeout_s=TIMEOUT_S
-    )
+@pytest.fixture(scope="module", params=["ipc", pytest.param("nvshmem", marks=needs_nvshmem)])
+def transport(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EPCOMM_TRANSPORT", request.param)
+        yield request.param
 
 
 @pytest.fixture(scope="module")
-def buffer_of():
+def make_buffer(transport):
+    """Makes Buffers whose nodes are connected by `transport`."""
+
+    def make(
+        comm=None, ranks_per_node=1, num_rdma_bytes=NETWORK_BYTES, num_nvl_bytes=64 << 20, low_latency_mode=False
+    ) -> Buffer:
+        return Buffer(
+            comm,
+            num_nvl_bytes,
+            num_rdma_bytes,
+            low_latency_mode=low_latency_mode,
+            backend="cuda",
+            ranks_per_node=ranks_per_node,
+            timeout_s=TIMEOUT_S,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def buffer_of(make_buffer):
     """One Buffer for each size of nodes, for all cases of a job: each finds what those before it have left behind."""
     buffers: dict[tuple[int, int], Buffer] = {}
 
@@ -102,7 +127,7 @@ def test_case_on_other_nodes(buffer_of, num_ranks, case):
 
 
 def smallest(num_nodes: int) -> int:
-    """Bytes of rings with one group or little more."""
+    """Bytes of rings with a group, or some."""
     return words_bytes(num_nodes) + (num_nodes << 16)
 
 
@@ -121,7 +146,7 @@ def test_a_small_ring_between_three_nodes(buffer_of, num_ranks):
 
 
 @pytest.mark.ranks((4, 8))
-def test_any_number_of_sms(comm, num_ranks, monkeypatch):
+def test_any_number_of_sms(make_buffer, comm, num_ranks, monkeypatch):
     """Ranks may differ."""
     monkeypatch.setattr(Buffer, "num_sms", Buffer.num_sms)
     monkeypatch.setattr(Buffer, "_num_sms_chosen", False)
@@ -149,7 +174,7 @@ def test_explicit_names_of_the_operations(buffer_of, num_ranks):
 
 
 @pytest.mark.ranks(4)
-def test_two_levels_round_twice(comm):
+def test_two_levels_round_twice(make_buffer, comm):
     internode.two_levels_round_twice(comm, make_buffer, UNIFORM.inputs(comm.size))
 
 
@@ -254,7 +279,7 @@ def test_bytes_of_any_number(comm, num_ranks):
 
 
 @pytest.mark.ranks(4)
-def test_a_forecast_that_was_too_low_on_one_rank(comm, num_ranks):
+def test_a_forecast_that_was_too_low_on_one_rank(make_buffer, comm, num_ranks):
     """The arena has no room for outputs of both forecast and counts beside each other."""
     with make_buffer(comm, 2, num_nvl_bytes=48 << 10) as buffer:
         for tokens in (12, 40, 12, 60):
@@ -281,10 +306,11 @@ def test_low_latency_as_on_one_node(comm, num_ranks):
 
 
 @pytest.mark.ranks(2)
-def test_rings_need_some_room(comm):
+def test_rings_need_some_room(make_buffer, comm, transport):
     with pytest.raises(CapacityError, match="num_rdma_bytes"):
         make_buffer(comm, 1, 1000)
-    with make_buffer(comm, 1, words_bytes(2) + (2 << 14)) as buffer:
+    num_rings = 2 if transport == "ipc" else 4
+    with make_buffer(comm, 1, words_bytes(2) + (num_rings << 14)) as buffer:
         checks.round_trip(buffer, BY_NAME["tiny_rows"].inputs(comm.size))
         with pytest.raises(CapacityError, match="num_rdma_bytes"):
             checks.dispatch(buffer, Case("wide", hidden=28672, tokens=(3, 1)).inputs(comm.size))
@@ -293,7 +319,7 @@ def test_rings_need_some_room(comm):
 
 
 @pytest.mark.ranks(4)
-def test_outputs_without_room_in_the_arena(comm):
+def test_outputs_without_room_in_the_arena(make_buffer, comm):
     with make_buffer(comm, 2, num_nvl_bytes=4096) as buffer:
         inputs = BY_NAME["hidden_7168"].inputs(comm.size)
         error = error_of(lambda: checks.dispatch(buffer, inputs))

@@ -27,6 +27,7 @@ from epcomm.errors import (
     BufferDestroyed,
     ConcurrentUse,
     InputError,
+    MissingDependency,
     ShapeError,
     UnsupportedOption,
 )
@@ -53,6 +54,7 @@ WRONG_VARIABLES = {
     "EPCOMM_ABORT": ("2", "^EPCOMM_ABORT: got '2'; wanted 0 or 1"),
     "EPCOMM_RANKS_PER_NODE": ("two", "^EPCOMM_RANKS_PER_NODE: got 'two'; wanted a value of type int"),
     "EPCOMM_BACKEND": ("tpu", "^EPCOMM_BACKEND: got 'tpu'; wanted auto, host or cuda; correct the"),
+    "EPCOMM_TRANSPORT": ("pigeons", "^EPCOMM_TRANSPORT: got 'pigeons'; wanted auto, ipc or nvshmem; correct the"),
     "EPCOMM_HOST_TRANSPORT": ("pigeons", "^EPCOMM_HOST_TRANSPORT: got 'pigeons'; wanted auto, segments or messages"),
 }
 VARIABLES = [pytest.param(name, *value, id=name) for name, value in WRONG_VARIABLES.items()]
@@ -100,15 +102,20 @@ def test_ranks_that_disagree_about_settings(name, values):
     run_local(3, program)
 
 
-@pytest.mark.parametrize("need", ["gpu", "one_host"])
+def no_nvshmem():
+    raise MissingDependency("NVSHMEM", got="nothing", wanted="its package")
+
+
+@pytest.mark.parametrize("need", ["gpu", "nvshmem"])
 def test_what_one_rank_lacks_for_cuda(need, monkeypatch):
     """ "cuda" raises on all ranks, "auto" takes the host backend on all of them."""
     monkeypatch.delenv("EPCOMM_BACKEND", raising=False)
     missing = {}
     monkeypatch.setattr("epcomm.backends.cuda.why_not", lambda: missing[threading.get_ident()])
-    if need == "one_host":
+    if need == "nvshmem":
         monkeypatch.setattr(topology, "host_identity", lambda: f"host {threading.get_ident()}")
-    reason = {"gpu": "rank 1: no GPU", "one_host": "rank 0: ranks on 3 hosts"}
+        monkeypatch.setattr("epcomm.backends.cuda.usable.installed_nvshmem", no_nvshmem)
+    reason = {"gpu": "rank 1: no GPU", "nvshmem": "rank 0: NVSHMEM: got nothing; wanted its package"}
 
     def program(comm):
         missing[threading.get_ident()] = "no GPU" if need == "gpu" and comm.rank == 1 else ""

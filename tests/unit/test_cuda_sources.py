@@ -34,12 +34,19 @@ def programs(*, nvshmem: bool) -> tuple:
     return tuple(program for program in found if program.nvshmem == nvshmem)
 
 
-def includes(path: str) -> set[str]:
-    """The files of ours that a file needs, itself among them."""
+# What only programs that talk to other nodes have.
+OVER_NETWORK = re.compile(r"^#if KERNEL_NVSHMEM$(.*?)^#(else|endif)$", re.MULTILINE | re.DOTALL)
+
+
+def includes(path: str, defines: tuple[tuple[str, str], ...] = ()) -> set[str]:
+    """The files of ours that a file needs when it is compiled with these macros, itself among them."""
     found, left = set(), [path]
     while left:
         found.add(path := left.pop())
-        names = re.findall(r'^#include "(.*)"', (cuda_src_dir() / path).read_text(), re.MULTILINE)
+        text = (cuda_src_dir() / path).read_text()
+        if "KERNEL_NVSHMEM" not in dict(defines):
+            text = OVER_NETWORK.sub("", text)
+        names = re.findall(r'^#include "(.*)"', text, re.MULTILINE)
         left += [name for name in names if name not in found]
     return found
 
@@ -97,7 +104,7 @@ def test_program_compiles_and_links(program, architecture: str) -> None:
 def test_programs_say_whether_they_need_nvshmem() -> None:
     for nvshmem in (False, True):
         for program in programs(nvshmem=nvshmem):
-            assert ("transport/nvshmem.cuh" in includes(program.source)) == nvshmem, program
+            assert ("transport/nvshmem.cuh" in includes(program.source, program.defines)) == nvshmem, program
 
 
 def test_one_file_includes_headers_of_nvshmem() -> None:

@@ -174,12 +174,13 @@ def test_default_number_of_sms(sms, ranks_on_gpu, wanted):
 NODES = [(1, 2), (2, 1), (2, 2), (4, 2), (2, 4), (1, 8), (8, 2), (8, 4), (16, 2), (1, 32)]  # ranks of a node, nodes
 
 
+@pytest.mark.parametrize("is_staged", [False, True])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(("per_node", "num_nodes"), NODES)
-def test_internode_dispatch(per_node, num_nodes, memory):
+def test_internode_dispatch(per_node, num_nodes, memory, is_staged):
     for blocks_on_gpu in (1, 24, 128):
         for row_bytes in ROW_BYTES:
-            shape = internode_dispatch.shape(row_bytes, num_nodes, memory, blocks_on_gpu)
+            shape = internode_dispatch.shape(row_bytes, num_nodes, memory, blocks_on_gpu, is_staged)
             assert_covers(shape.pieces, row_bytes)
             assert_fits(shape.threads, shape.shared_bytes, memory, 768)
             assert min(shape.senders, shape.forwarders) >= 1
@@ -196,11 +197,12 @@ def test_internode_dispatch(per_node, num_nodes, memory):
         assert (message.head_bytes % UNIT, message.row_bytes % UNIT) == (0, 0)
 
 
+@pytest.mark.parametrize("is_staged", [False, True])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(("per_node", "num_nodes"), NODES)
-def test_internode_combine(per_node, num_nodes, memory):
+def test_internode_combine(per_node, num_nodes, memory, is_staged):
     for row_bytes in ROW_BYTES:
-        shape = internode_combine.shape(row_bytes, per_node, num_nodes, memory)
+        shape = internode_combine.shape(row_bytes, per_node, num_nodes, memory, is_staged)
         assert_fits(shape.threads, shape.shared_bytes, memory, 512)
         assert 1 <= shape.gathering < shape.threads // 32
         # Room for a piece from each source at once, of what a warp takes at a time at least; or for their addresses.
@@ -213,23 +215,24 @@ def test_internode_combine(per_node, num_nodes, memory):
         assert messages.asked.row_bytes >= 4 * per_node
 
 
-def test_rings_share_what_there_is():
+@pytest.mark.parametrize(("is_staged", "num_rings"), [(False, 4), (True, 8)])
+def test_rings_share_what_there_is(is_staged, num_rings):
     rows, beside = Message(2, 128, 14336), Message(8, 0, 352)
     words = words_bytes(4)
-    for num_bytes in (words + (4 << 15) + 20000, words + (1 << 20), 10 << 20, 1 << 30):
-        rings = Rings(4096, num_bytes, 5, 2, 4)
+    for num_bytes in (words + (num_rings << 15) + 20000, words + (1 << 20), 10 << 20, 1 << 30):
+        rings = Rings(4096, num_bytes, 5, 2, 4, is_staged=is_staged)
         assert rings.nodes == (4096, 2, 4, 2, 1)
         first, second = rings.cut((rows, beside), (256, 128))
         assert first.offset >= words
-        assert second.offset == first.offset + 4 * first.num_groups * first.group_bytes
-        assert second.offset + 4 * second.num_groups * second.group_bytes <= num_bytes
+        assert second.offset == first.offset + num_rings * first.num_groups * first.group_bytes
+        assert second.offset + num_rings * second.num_groups * second.group_bytes <= num_bytes
         assert 1 <= first.num_groups <= 256
         assert 1 <= second.num_groups <= 128
     assert (first.num_groups, second.num_groups) == (256, 128)  # with room for all
     assert rings.has_room(rows, beside)
-    assert not Rings(4096, words + (4 << 16), 5, 2, 4).has_room(rows, beside)
+    assert not Rings(4096, words + (num_rings << 16), 5, 2, 4, is_staged=is_staged).has_room(rows, beside)
     assert MAX_GROUPS >= internode_combine.WANTED_GROUPS
     with pytest.raises(CapacityError, match="num_rdma_bytes"):
-        Rings(4096, words, 0, 2, 4)
+        Rings(4096, words, 0, 2, 4, is_staged=is_staged)
     with pytest.raises(CapacityError, match="num_rdma_bytes"):
-        Rings(4096, words + (4 << 14), 0, 2, 4).cut((rows, beside), (256, 128))
+        Rings(4096, words + (num_rings << 14), 0, 2, 4, is_staged=is_staged).cut((rows, beside), (256, 128))

@@ -66,7 +66,16 @@ STRUCTS = {
         "common/layout.cuh",
         0,
         arguments.COMM,
-        [*array("region", layout.MAX_RANKS), "host", "region_bytes", "timeout_ns", "rank", "num_ranks"],
+        [
+            *array("region", layout.MAX_RANKS),
+            *array("control", layout.MAX_RANKS),
+            *array("pe", layout.MAX_RANKS),
+            "host",
+            "region_bytes",
+            "timeout_ns",
+            "rank",
+            "num_ranks",
+        ],
     ),
     "LayoutArgs": (
         "kernels/dispatch_layout.cu",
@@ -242,7 +251,7 @@ CONSTANTS = {
 def packed_fields(fields: struct.Struct) -> Iterator[tuple[int, int, bool]]:
     """(offset, bytes, signed) of each value that `fields` packs."""
     offset = 0
-    for count, letter in re.findall(r"(\d*)([QqIi])", fields.format):
+    for count, letter in re.findall(r"(\d*)([QqIiHh])", fields.format):
         for _ in range(int(count or 1)):
             num_bytes = struct.calcsize(f"<{letter}")
             yield offset, num_bytes, letter.islower()

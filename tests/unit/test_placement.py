@@ -8,8 +8,8 @@ import pytest
 from helpers.calls import raises
 
 from epcomm.backends.cuda.forecast import Forecast
-from epcomm.backends.cuda.placement import Placement, choose_device
-from epcomm.errors import CapacityError, DeviceError
+from epcomm.backends.cuda.placement import Placement, choose_device, has_network
+from epcomm.errors import CapacityError, DeviceError, UnsupportedOption
 
 LOCAL_RANK_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
@@ -47,6 +47,32 @@ def test_a_part_of_the_ranks_of_a_host(monkeypatch, name):
     """Ranks 4 to 7 of a job, in a communicator of their own, do not take the GPUs of ranks 0 to 3."""
     monkeypatch.setenv(name, "5")
     assert choose_device(cupy(8), topology(1, (0, 1, 2, 3)), None) == 5
+
+
+def nodes(hosts: str, ranks_per_node: int) -> SimpleNamespace:
+    """A topology; a letter for the host of each rank."""
+    return SimpleNamespace(
+        hosts=tuple(hosts), size=len(hosts), ranks_per_node=ranks_per_node, num_nodes=len(hosts) // ranks_per_node
+    )
+
+
+def test_who_needs_a_network(monkeypatch):
+    monkeypatch.delenv("EPCOMM_TRANSPORT", raising=False)
+    assert not has_network(nodes("aaaa", 4))
+    assert not has_network(nodes("aaaa", 2))
+    assert has_network(nodes("aabb", 2))
+    assert has_network(nodes("aabb", 1))
+    with raises(UnsupportedOption, "^ranks_per_node: got 4, with ranks 0 to 3 of one node on several hosts"):
+        has_network(nodes("aabb", 4))
+    with raises(UnsupportedOption, "^backend='cuda': got 33 ranks; wanted at most 32"):
+        has_network(nodes("a" * 33, 1))
+    monkeypatch.setenv("EPCOMM_TRANSPORT", "nvshmem")
+    assert has_network(nodes("aaaa", 2))
+    assert not has_network(nodes("aaaa", 4))  # one node has nobody to reach
+    monkeypatch.setenv("EPCOMM_TRANSPORT", "ipc")
+    assert not has_network(nodes("aaaa", 2))
+    with raises(UnsupportedOption, "^EPCOMM_TRANSPORT: got ipc, on 2 hosts; wanted nvshmem"):
+        has_network(nodes("aabb", 2))
 
 
 def test_blocks():

@@ -209,7 +209,7 @@ def test_the_least_network_memory_is_the_least(job):
 
     def cut_all(num_bytes: int) -> None:
         for messages in both:
-            Rings(0, num_bytes, 0, job.gpus, job.num_nodes).cut(messages, (256, 128))
+            Rings(0, num_bytes, 0, job.gpus, job.num_nodes, is_staged=True).cut(messages, (256, 128))
 
     cut_all(least)
     with pytest.raises(CapacityError):
@@ -219,7 +219,7 @@ def test_the_least_network_memory_is_the_least(job):
 def test_more_than_most_gives_no_more_groups():
     job = make_job()
     sent, most = messages_of(job), buffers_of(job).rdma_most
-    rings = Rings(0, most, 0, job.gpus, job.num_nodes)
+    rings = Rings(0, most, 0, job.gpus, job.num_nodes, is_staged=True)
     assert [ring.num_groups for ring in rings.cut((sent.rows, sent.beside), (256, 128))] == [256, 128]
     assert [ring.num_groups for ring in rings.cut((sent.asked, sent.answered), (512, 512))] == [512, 512]
 

@@ -1,8 +1,8 @@
 """The CUDA backend: ranks of one node whose kernels address each other's memory."""
 
 from epcomm.backends.cuda.backend import CudaBackend
-from epcomm.backends.cuda.job import Settings
+from epcomm.backends.cuda.settings import Settings
 from epcomm.backends.cuda.streams import capture_event
-from epcomm.backends.cuda.usable import why_not
+from epcomm.backends.cuda.usable import why_no_network, why_not
 
-__all__ = ["CudaBackend", "Settings", "capture_event", "why_not"]
+__all__ = ["CudaBackend", "Settings", "capture_event", "why_no_network", "why_not"]

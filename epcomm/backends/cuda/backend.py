@@ -27,8 +27,9 @@ from epcomm.backends.cuda.dispatch import (
     dispatch_layout,
     reject_exchange,
 )
-from epcomm.backends.cuda.job import Job, Settings
+from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.moves import reject_move
+from epcomm.backends.cuda.settings import Settings
 from epcomm.backends.cuda.turn import CudaTurn, output_spec
 from epcomm.backends.protocol import (
     CombineOutcome,

@@ -86,7 +86,9 @@ class _InternodePlan(_Plan):
 
     def _prepare(self, job: Job, num_topk: int) -> None:
         assert job.rings is not None
-        self._node_shape = internode.shape(self._row_bytes, job.ranks_per_node, job.num_nodes, job.launch.stage_memory)
+        self._node_shape = internode.shape(
+            self._row_bytes, job.ranks_per_node, job.num_nodes, job.launch.stage_memory, job.rings.is_staged
+        )
         per_node = job.ranks_per_node
         asked, answered, self._weights = internode.messages(self._row_bytes, num_topk, per_node)
         while asked.unit_tokens > 1 and not job.rings.has_room(asked, answered):

@@ -7,59 +7,37 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from epcomm.backends.cuda.forecast import Forecast
 from epcomm.backends.cuda.launcher import SCRATCH_BYTES, Launcher
 from epcomm.backends.cuda.page import HostPage
-from epcomm.backends.cuda.placement import Placement, agree_on_device, check_topology, default_num_sms
+from epcomm.backends.cuda.placement import Placement, agree_on_device, default_num_sms, has_network
+from epcomm.backends.cuda.regions import Regions
+from epcomm.backends.cuda.settings import Settings
 from epcomm.backends.cuda.slots import LowLatency, LowLatencyLauncher
 from epcomm.backends.cuda.streams import Streams
 from epcomm.bootstrap import Communicator, LocalCommunicator, Topology
-from epcomm.errors import BufferDestroyed
+from epcomm.errors import BufferDestroyed, UnsupportedOption
 from epcomm.jit import Program, current_device, device_architecture, load_cupy, share_cubins
 from epcomm.kernels import programs_of
 from epcomm.kernels.arguments import comm_bytes
-from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES, round_up
+from epcomm.kernels.layout import UNIT
 from epcomm.kernels.low_latency import Area
 from epcomm.kernels.rings import Rings
-from epcomm.kernels.window import WINDOW_BYTES, Window
-from epcomm.memory import BlockPool, CudaTimeline, LocalPool, SymmetricMemory, close_or_park, sweep
+from epcomm.kernels.window import Window
+from epcomm.memory import BlockPool, CudaTimeline, LocalPool, close_or_park, sweep
 
-__all__ = ["Job", "Settings"]
+__all__ = ["Job"]
 
 _Plan = TypeVar("_Plan")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a Buffer asks for; the same on all ranks, but for the device.
-
-    Attributes:
-        num_arena_bytes: bytes of each rank's arena.
-        num_low_latency_bytes: bytes of its low-latency area.
-        num_network_bytes: bytes of its rings for what comes from other nodes, if there are several.
-        low_latency_mode: low-latency operations are wanted.
-        masks_on_timeout: in them, ranks that do not come in time are masked.
-        timeout_s: bound of the waits on the GPU.
-        device: CUDA device number, or None.
-    """
-
-    num_arena_bytes: int
-    num_low_latency_bytes: int
-    num_network_bytes: int
-    low_latency_mode: bool
-    masks_on_timeout: bool
-    timeout_s: float
-    device: int | None
 
 
 class Job:
     """One rank's part. Construction is collective and blocks the host.
 
     Args:
-        comm: all ranks, on one host.
+        comm: all ranks.
         topology: of the job.
         settings: of the Buffer.
 
@@ -68,14 +46,18 @@ class Job:
         rings: for what comes from other nodes; None on one node.
 
     Raises:
-        UnsupportedOption: several nodes, or too many ranks.
+        UnsupportedOption: too many ranks, or nodes that cannot be reached.
         DeviceError: no such device, or GPUs that cannot reach each other.
         CapacityError: no room on the GPU.
         CompileError, MissingDependency: the kernels cannot be made.
     """
 
     def __init__(self, comm: Communicator, topology: Topology, settings: Settings) -> None:
-        check_topology(comm, topology)
+        self._has_network = has_network(topology)
+        if self._has_network and settings.low_latency_mode:
+            raise UnsupportedOption(
+                "low_latency_mode", got="nodes behind a network", do="pass backend='host', or a node's communicator"
+            )
         self.cupy = cupy = load_cupy()
         self.runtime = cupy.cuda.runtime
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
@@ -88,7 +70,7 @@ class Job:
         sweep(synchronize=not self.in_process)
         architecture = device_architecture(device)
         self.num_nodes, self.ranks_per_node = topology.num_nodes, topology.ranks_per_node
-        programs = programs_of(self.num_nodes, settings.low_latency_mode)
+        programs = programs_of(self.num_nodes, settings.low_latency_mode, self._has_network)
         cubins = share_cubins(comm, topology.hosts, programs, architecture)
         problem: Exception | None = None
         try:
@@ -97,7 +79,7 @@ class Job:
             problem = error
         self.placement = Placement.agree(comm, device, problem)
         self.default_num_sms = default_num_sms(self.placement.num_sms, self.placement.ranks_on_gpu)
-        self._share_memory(cubins, settings)
+        self._share_memory(topology, cubins, settings)
         self.window = Window(self.size)
         self.forecast = Forecast()
         self.counters: Counter[str] = Counter(
@@ -123,31 +105,27 @@ class Job:
         # Not in the default stream: kernels of other ranks of this process may be waiting for this one.
         self.runtime.memsetAsync(self._scratch.ptr, 0, SCRATCH_BYTES, self.streams.own.ptr)
         self.runtime.streamSynchronize(self.streams.own.ptr)
-        self.launch = Launcher(cubins, architecture, self.device, self.num_nodes > 1, self._scratch.ptr)
+        has_nodes = self.num_nodes > 1
+        self.launch = Launcher(cubins, architecture, self.device, has_nodes, self._has_network, self._scratch.ptr)
 
-    def _share_memory(self, cubins: Mapping[Program, bytes], settings: Settings) -> None:
-        self.arena_offset, timeout_s = WORKSPACE_BYTES + WINDOW_BYTES, settings.timeout_s
-        self.arena_bytes = round_up(settings.num_arena_bytes, UNIT)
-        area_offset = self.arena_offset + self.arena_bytes
-        low_latency_bytes = settings.num_low_latency_bytes if settings.low_latency_mode else 0
-        rings_offset = area_offset + round_up(low_latency_bytes, UNIT)
+    def _share_memory(self, topology: Topology, cubins: Mapping[Program, bytes], settings: Settings) -> None:
+        timeout_s, timeout_ns = settings.timeout_s, int(settings.timeout_s * 1e9)
+        self._regions = regions = Regions(self.comm, topology, settings, self.device, self._has_network)
+        regions.register(self.launch.modules)
         self.rings: Rings | None = None
-        wanted = rings_offset
         if self.num_nodes > 1:
-            num_bytes = round_up(settings.num_network_bytes, UNIT)
-            self.rings = Rings(rings_offset, num_bytes, self.rank, self.ranks_per_node, self.num_nodes)
-            wanted += num_bytes
-        self._memory = SymmetricMemory(self.comm, wanted, self.device, timeout_s=timeout_s)
-        self.base = self._memory.bases[self.rank]
-        region_bytes = min(self._memory.sizes)
+            where = (regions.rings_offset, regions.rings_bytes, self.rank, self.ranks_per_node, self.num_nodes)
+            self.rings = Rings(*where, is_staged=self._has_network)
+        self.base = regions.bases[self.rank]
+        self.arena_offset, self.arena_bytes = regions.arena_offset, regions.arena_bytes
         start, may_synchronize = self.base + self.arena_offset, not self.in_process
         self.arena = BlockPool(start, self.arena_bytes, self.timeline, may_synchronize=may_synchronize)
-        timeout_ns = int(timeout_s * 1e9)
-        fixed = comm_bytes(self._memory.bases, self.page.address, region_bytes, timeout_ns, self.rank, self.size)
+        addresses = (regions.bases, regions.control, regions.pes, self.page.address)
+        fixed = comm_bytes(*addresses, regions.region_bytes, timeout_ns, self.rank)
         self.launch.set_comm(fixed)
         self.has_low_latency = settings.low_latency_mode
         if settings.low_latency_mode:
-            area = Area(area_offset, settings.num_low_latency_bytes, self.size)
+            area = Area(regions.low_latency_offset, settings.num_low_latency_bytes, self.size)
             kernels = LowLatencyLauncher(cubins, self.device, fixed)
             self.low_latency = LowLatency(self.comm, self.device, area, kernels, settings.masks_on_timeout, timeout_s)
 
@@ -233,7 +211,7 @@ class Job:
                 close_or_park(self.arena, self._close_memory)
 
     def _close_memory(self) -> None:
-        self._memory.close()
+        self._regions.close()
         if self.has_low_latency:
             self.low_latency.close()
 

@@ -7,7 +7,16 @@ from typing import Protocol
 
 from epcomm.errors import CapacityError
 from epcomm.jit import Kernel, Program, max_shared_bytes
-from epcomm.kernels import barrier, combine, dispatch, dispatch_layout, exchange, internode_combine, internode_dispatch
+from epcomm.kernels import (
+    barrier,
+    combine,
+    dispatch,
+    dispatch_layout,
+    exchange,
+    internode_combine,
+    internode_dispatch,
+    over_network,
+)
 from epcomm.kernels.arguments import Arguments
 from epcomm.kernels.layout import UNIT
 from epcomm.kernels.rows import stage_memory
@@ -37,32 +46,43 @@ class Launcher:
         architecture: of this GPU, as for `epcomm.jit.compile_program`.
         device: its CUDA device number.
         has_nodes: dispatch and combine are those of several nodes; their `fields` and shapes, too.
+        has_network: other nodes are reached through NVSHMEM.
         scratch: address of `SCRATCH_BYTES` of device memory, zero.
 
     Attributes:
         stage_memory: shared memory of a block through which the copy engine moves rows; 0: there is none.
+        modules: those of its kernels that talk to other ranks.
 
     Raises:
         CompileError, CapacityError: a kernel cannot run on this GPU.
     """
 
     def __init__(
-        self, cubins: Mapping[Program, bytes], architecture: str, device: int, has_nodes: bool, scratch: int
+        self,
+        cubins: Mapping[Program, bytes],
+        architecture: str,
+        device: int,
+        has_nodes: bool,
+        has_network: bool,
+        scratch: int,
     ) -> None:
+        def kernel(program: Program, entry: str) -> Kernel:
+            return Kernel(cubins[over_network(program) if has_network else program], entry, device)
+
         self._layout = Kernel(cubins[dispatch_layout.PROGRAM], dispatch_layout.ENTRY, device)
-        self._exchange = Kernel(cubins[exchange.PROGRAM], exchange.ENTRY, device)
-        self._barrier = Kernel(cubins[barrier.PROGRAM], barrier.ENTRY, device)
+        self._exchange = kernel(exchange.PROGRAM, exchange.ENTRY)
+        self._barrier = kernel(barrier.PROGRAM, barrier.ENTRY)
         move, reduce = (internode_dispatch, internode_combine) if has_nodes else (dispatch, combine)
-        self._dispatch = Kernel(cubins[move.PROGRAM], move.ENTRY, device)
-        self._combine = {
-            dtype: Kernel(cubins[program], reduce.ENTRY, device) for dtype, program in reduce.PROGRAMS.items()
-        }
+        self._dispatch = kernel(move.PROGRAM, move.ENTRY)
+        self._combine = {dtype: kernel(program, reduce.ENTRY) for dtype, program in reduce.PROGRAMS.items()}
+        collective = (self._exchange, self._barrier, self._dispatch, *self._combine.values())
+        self.modules = [one.module for one in collective]
         self._dispatch_fields, self._combine_fields = move.FIELDS, reduce.FIELDS
         has_bulk = int(architecture) >= _BULK_ARCHITECTURE
         self.stage_memory = stage_memory(max_shared_bytes(device)) if has_bulk else 0
-        for kernel in (self._dispatch, *self._combine.values()):
+        for moving in (self._dispatch, *self._combine.values()):
             if has_bulk:
-                kernel.allow_shared(self.stage_memory)
+                moving.allow_shared(self.stage_memory)
         self._scratch = scratch
         self._layout_arguments = Arguments(b"", dispatch_layout.FIELDS)
 

@@ -153,7 +153,9 @@ class InternodeMovePlan(MovePlan):
         assert job.rings is not None
         sizes, per_node = self.sizes, job.ranks_per_node
         blocks_on_gpu = self._blocks * job.placement.ranks_on_gpu
-        self._shape = internode.shape(sizes.row_bytes, job.num_nodes, job.launch.stage_memory, blocks_on_gpu)
+        self._shape = internode.shape(
+            sizes.row_bytes, job.num_nodes, job.launch.stage_memory, blocks_on_gpu, job.rings.is_staged
+        )
         scales_bytes, topk_bytes = sizes.num_scales * sizes.scale_bytes, sizes.num_topk * sizes.index_bytes
         beside = internode.beside(per_node, scales_bytes, topk_bytes, sizes.num_topk * 4 if sizes.has_weights else 0)
         rows = internode.rows(sizes.row_bytes, per_node)

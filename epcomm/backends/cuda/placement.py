@@ -13,7 +13,7 @@ from epcomm.errors import BootstrapError, DeviceError, PeerError, UnsupportedOpt
 from epcomm.jit import Footprint, Launch, device_uuid, num_sms, plan_residency
 from epcomm.kernels.layout import MAX_RANKS
 
-__all__ = ["Placement", "agree_on_device", "check_topology", "choose_device", "default_num_sms"]
+__all__ = ["Placement", "agree_on_device", "choose_device", "default_num_sms", "has_network"]
 
 # SMs an operation takes by default where a GPU belongs to one rank: enough to fill NVLink (pieces of 200 KB under way
 # on each), and few enough to leave the GPU to the model.
@@ -66,17 +66,29 @@ def default_num_sms(sms: int, ranks_on_gpu: int) -> int:
     return max(1, min(_DEFAULT_NUM_SMS, sms // ranks_on_gpu))
 
 
-def check_topology(comm: Communicator, topology: Topology) -> None:
-    """Raise UnsupportedOption for a job that this backend is not for."""
-    if len(topology.same_host_ranks) != comm.size:
+def has_network(topology: Topology) -> bool:
+    """Whether ranks of other nodes are reached through NVSHMEM: if there are several hosts, or the user says so.
+
+    Raises:
+        UnsupportedOption: a job that this backend is not for. On all ranks.
+    """
+    num_hosts, wanted = len(set(topology.hosts)), env.get("EPCOMM_TRANSPORT")
+    if topology.size > MAX_RANKS:
+        raise UnsupportedOption("backend='cuda'", got=f"{topology.size} ranks", wanted=f"at most {MAX_RANKS}")
+    per_node = topology.ranks_per_node
+    for first in range(0, topology.size, per_node):
+        if len(set(topology.hosts[first : first + per_node])) > 1:
+            raise UnsupportedOption(
+                "ranks_per_node",
+                got=f"{per_node}, with ranks {first} to {first + per_node - 1} of one node on several hosts",
+                wanted="ranks of one host",
+                do="leave it to the hosts: ranks_per_node=None",
+            )
+    if wanted == "ipc" and num_hosts > 1:
         raise UnsupportedOption(
-            "backend='cuda'",
-            got=f"{comm.size} ranks on {len(set(topology.hosts))} hosts",
-            wanted="ranks of one host",
-            do="pass backend='host', or one host's communicator",
+            "EPCOMM_TRANSPORT", got=f"ipc, on {num_hosts} hosts", wanted="nvshmem, or auto", do="unset it"
         )
-    if comm.size > MAX_RANKS:
-        raise UnsupportedOption("backend='cuda'", got=f"{comm.size} ranks", wanted=f"at most {MAX_RANKS}")
+    return topology.num_nodes > 1 and (num_hosts > 1 or wanted == "nvshmem")
 
 
 @dataclass(frozen=True)

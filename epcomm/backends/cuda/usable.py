@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 
-__all__ = ["why_not"]
+from epcomm.backends.cuda.placement import has_network
+from epcomm.bootstrap import Topology
+from epcomm.errors import MissingDependency, UnsupportedOption
+from epcomm.jit import installed_nvshmem
+
+__all__ = ["why_no_network", "why_not"]
 
 
 def why_not() -> str:
@@ -20,4 +25,14 @@ def why_not() -> str:
 
     if not cupy.cuda.is_available():  # never raises, even without a driver
         return "no GPU"
+    return ""
+
+
+def why_no_network(topology: Topology) -> str:
+    """Empty if GPUs of these nodes can reach each other with what is installed here, else why not."""
+    try:
+        if has_network(topology):
+            installed_nvshmem()
+    except (UnsupportedOption, MissingDependency) as error:
+        return str(error)
     return ""

@@ -4,8 +4,9 @@ An arena needs room for the rows of a dispatch (``received`` of `routing`, each 
 half of the ranks get more than expected, and again for the bfloat16 rows of a combine buffer, if one is taken. The hint
 has room for 8192 tokens of each of 8 ranks. On one node what has no room goes another way; on several it is an error.
 
-The network's memory holds a ring for each node; every group of a ring has room for one message. The least is one group
-of each, the most is as many as the kernels have a use for. The hint counts 8 ranks a node, as DeepEP V1 does.
+The network's memory holds two rings for each node: one that messages leave from, one where they come in; every group
+of a ring has room for one message. The least is one group of each, the most is as many as the kernels have a use for.
+The hint counts 8 ranks a node, as DeepEP V1 does.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ def buffers_of(job: Job) -> Buffers:
         ((sent.rows, sent.beside), internode_dispatch.WANTED_GROUPS),
         ((sent.asked, sent.answered), (internode_combine.WANTED_GROUPS,) * 2),
     )
-    smallest = least_area_bytes(job.num_nodes)
-    asking = Rings(0, smallest, 0, job.gpus, job.num_nodes)
+    smallest = least_area_bytes(job.num_nodes, is_staged=True)
+    asking = Rings(0, smallest, 0, job.gpus, job.num_nodes, is_staged=True)
     least = max(smallest, *(asking.least_bytes(*messages) for messages, _ in calls))
     most = max(least, *(_all_bytes(job.num_nodes, messages, wanted) for messages, wanted in calls))
-    rings = Rings(0, hint if hint >= least else most, 0, job.gpus, job.num_nodes)
+    rings = Rings(0, hint if hint >= least else most, 0, job.gpus, job.num_nodes, is_staged=True)
     dispatch, combine = (rings.cut(messages, wanted) for messages, wanted in calls)
     groups, turns = (dispatch[0].num_groups, combine[0].num_groups), (_turns(job, dispatch), _turns(job, combine))
     return Buffers(nvl, expected, hint, least, most, *groups, *turns)
@@ -76,4 +77,4 @@ def _turns(job: Job, rings: tuple[Ring, ...]) -> float:
 
 def _all_bytes(num_nodes: int, messages: tuple[Message, ...], wanted: tuple[int, ...]) -> int:
     groups = zip(messages, wanted, strict=True)
-    return words_bytes(num_nodes) + num_nodes * sum(message.group_bytes * count for message, count in groups)
+    return words_bytes(num_nodes) + 2 * num_nodes * sum(message.group_bytes * count for message, count in groups)

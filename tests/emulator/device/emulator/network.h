@@ -15,7 +15,8 @@ struct Message {
     char* to;
     const char* from;
     uint64_t num_bytes;
-    uint64_t* word;  // written behind the bytes
+    void* word;  // written behind the bytes
+    int word_bytes;  // 8 or 4
     uint64_t value;
     int pe;
     uint64_t epoch;  // fences before it
@@ -76,7 +77,11 @@ class Network {
             is_delivering_ = true;
             pthread_mutex_unlock(&mutex_);
             if (message.num_bytes != 0) memcpy(message.to, message.from, message.num_bytes);
-            __atomic_store_n(message.word, message.value, __ATOMIC_RELEASE);
+            if (message.word_bytes == 8) {
+                __atomic_store_n(static_cast<uint64_t*>(message.word), message.value, __ATOMIC_RELEASE);
+            } else {
+                __atomic_store_n(static_cast<uint32_t*>(message.word), static_cast<uint32_t>(message.value), __ATOMIC_RELEASE);
+            }
             pthread_mutex_lock(&mutex_);
             is_delivering_ = false;
         }

@@ -46,10 +46,15 @@ inline int num_pes() { return emulated_nvshmem.num_pes; }
 
 inline void set_signal(uint64_t* signal, uint64_t value, int pe) {
     emulator::yield();
-    emulator::Network::instance().send({nullptr, nullptr, 0, emulator::in_heap_of(signal, 8, pe), value, pe, 0});
+    emulator::Network::instance().send({nullptr, nullptr, 0, emulator::in_heap_of(signal, 8, pe), 8, value, pe, 0});
 }
 
 inline void put_word(uint64_t* to, uint64_t value, int pe) { set_signal(to, value, pe); }
+
+inline void put_word(uint32_t* to, uint32_t value, int pe) {
+    emulator::yield();
+    emulator::Network::instance().send({nullptr, nullptr, 0, emulator::in_heap_of(to, 4, pe), 4, value, pe, 0});
+}
 
 inline void fence() { emulator::Network::instance().fence(); }
 
@@ -65,7 +70,7 @@ inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t*
     if (lane_index() == 0) {
         char* there = emulator::in_heap_of(static_cast<char*>(to), num_bytes, pe);
         uint64_t* word = emulator::in_heap_of(signal, 8, pe);
-        emulator::Network::instance().send({there, static_cast<const char*>(from), num_bytes, word, value, pe, 0});
+        emulator::Network::instance().send({there, static_cast<const char*>(from), num_bytes, word, 8, value, pe, 0});
     }
     __syncwarp();
 }

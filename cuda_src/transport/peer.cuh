@@ -1,0 +1,48 @@
+// peer.cuh: words and messages for other ranks: by plain stores where their memory is mapped here, else through NVSHMEM.
+//
+// Programs that are compiled with KERNEL_NVSHMEM are linked with NVSHMEM; for them `Comm::control` is a part of the
+// symmetric heap, and 0 for ranks that are behind the network. For all others every rank is near.
+#pragma once
+
+#include "common/layout.cuh"
+#include "ptx/memory.cuh"
+
+#if KERNEL_NVSHMEM
+#include "transport/nvshmem.cuh"
+#endif
+
+namespace epcomm {
+
+#if KERNEL_NVSHMEM
+inline constexpr bool kHasNetwork = true;
+#else
+inline constexpr bool kHasNetwork = false;
+#endif
+
+// Whether plain loads and stores reach the memory of rank r.
+__device__ inline bool is_near(const Comm& comm, int r) { return !kHasNetwork || comm.control[r] != 0; }
+
+// One thread: set a word at rank r, at the place that `own` points to at this one. As a relaxed store, also in that a
+// fence of this thread before it makes it a release.
+template <typename Word> __device__ inline void set_word(const Comm& comm, int r, Word* own, Word value) {
+#if KERNEL_NVSHMEM
+    if (!is_near(comm, r)) {
+        nvshmem::put_word(own, value, comm.pe[r]);
+        return;
+    }
+#endif
+    const uint64_t offset = reinterpret_cast<uint64_t>(own) - comm.control[comm.rank];
+    ptx::st_relaxed_sys(pointer<Word>(comm.control[r] + offset), value);
+}
+
+// All lanes of a warp: copy `num_bytes`, at least one, to a rank behind the network, and set its word `there` to `value`
+// behind them; `to` and `there` are places as above. `from` is part of the symmetric heap, and in use until the rank
+// lets this one know that it has seen the word.
+__device__ inline void send_message(const Comm& comm, int r, uint64_t to, uint64_t from, uint64_t num_bytes,
+                                    uint64_t* there, uint64_t value) {
+#if KERNEL_NVSHMEM
+    nvshmem::put_signal(pointer<void>(to), pointer<void>(from), num_bytes, there, value, comm.pe[r]);
+#endif
+}
+
+}  // namespace epcomm
