@@ -45,14 +45,10 @@
 
 static_assert(NVSHMEM_VENDOR_VERSION >= 30405, "NVSHMEM 3.4.5 or newer is needed: see epcomm/jit/nvshmem_wheel.py");
 
-namespace epcomm::nvshmem {
-
-__device__ __forceinline__ int my_pe() { return nvshmem_my_pe(); }
-
-__device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
+namespace epcomm {
 
 // All lanes of a warp: copy `num_bytes`, a multiple of 16 as the addresses are, by loads and stores.
-__device__ __forceinline__ void copy(void* to, const void* from, uint64_t num_bytes) {
+__device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint64_t num_bytes) {
     constexpr int kUnroll = 4;
     const Vector* source = static_cast<const Vector*>(from);
     Vector* target = static_cast<Vector*>(to);
@@ -68,6 +64,14 @@ __device__ __forceinline__ void copy(void* to, const void* from, uint64_t num_by
     }
 }
 
+}  // namespace epcomm
+
+namespace epcomm::nvshmem {
+
+__device__ __forceinline__ int my_pe() { return nvshmem_my_pe(); }
+
+__device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
+
 // All lanes of a warp, with equal arguments: copy `num_bytes` to the PE, and set its word `signal` to `value` when they
 // are there; addresses and size are multiples of 16. May return before; `from` is in use until then. Begins and ends with
 // __syncwarp, so the lanes may have written `from` just before.
@@ -79,7 +83,7 @@ __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t 
         return;
     }
     __syncwarp();
-    copy(there, from, num_bytes);
+    copy_by_warp(there, from, num_bytes);
     __syncwarp();
     if (lane_index() == 0) {
         // What all lanes have written: the fence follows __syncwarp.
