@@ -174,9 +174,10 @@ class BufferCore(Tuning):
     def stats(self) -> dict[str, int]:
         """Counters since construction: calls by operation, rows sent and received, bytes moved on this rank.
 
-        On CUDA also how results were delivered (``dispatch_in_arena``, ``dispatch_by_window``, ``combine_in_arena``,
-        ``combine_by_window``) and what the arena and other memory hold (``arena_...``, ``outputs_...``). Replays of
-        graphs count nothing.
+        Over several nodes ``rows_to_other_nodes``, rows of this rank's tokens that its dispatches sent to forwarders of
+        other nodes, and ``rows_from_other_nodes``, sums of them that combines brought back. On CUDA also how results
+        were delivered (``dispatch_in_arena``, ``dispatch_by_window``, ``combine_in_arena``, ``combine_by_window``) and
+        what the arena and other memory hold (``arena_...``, ``outputs_...``). Replays of graphs count nothing.
         """
         return {**self._counters, **self._backend.stats()}
 

@@ -11,8 +11,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,7 +21,7 @@ from epcomm.bootstrap import Communicator, SoloCommunicator, as_communicator, di
 from epcomm.cli import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 from epcomm.errors import EpcommError, InputError
 
-__all__ = ["Task", "add_arguments", "backend_here", "check_output_file", "run"]
+__all__ = ["Task", "add_arguments", "backend_here", "check_output_file", "failing_together", "run"]
 
 DEFAULT_RANKS = 4
 
@@ -158,15 +158,26 @@ def _run_rank(
     prepare: Callable[[argparse.Namespace, int], TaskT],
     program: Callable[[Communicator, TaskT], int],
 ) -> int:
-    """The part of one rank. If it fails it takes the job along: the others may be waiting for it."""
+    """The part of one rank."""
     comm = as_communicator(None)
-    try:
+    with failing_together(comm):
         task, problem, status = comm.bcast(_prepared(args, comm.size, prepare) if comm.rank == 0 else None)
         if task is None:
             if comm.rank == 0:
                 print(f"epcomm{f' {command}' if status == EXIT_USAGE else ''}: {problem}", file=sys.stderr)
             return int(status)
         return program(comm, task)
+
+
+@contextmanager
+def failing_together(comm: Communicator) -> Iterator[None]:
+    """A rank whose body raises says so and ends the job: the others may be waiting for it. Not collective.
+
+    Raises:
+        BaseException: what the body raised, where this is the only rank.
+    """
+    try:
+        yield
     except BaseException as error:
         if comm.size == 1:
             raise

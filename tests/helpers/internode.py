@@ -93,7 +93,7 @@ def calls_of_changing_shape(
 
 
 def every_row_crosses_once_for_each_node(buffer: Buffer, inputs: Inputs) -> None:
-    """What the kernels have counted is what has to cross at least, no more rows than one for each rank."""
+    """What `stats` has counted is what has to cross at least, no more rows than one for each rank."""
     rank, per_node = buffer.rank, buffer.topology.ranks_per_node
     to_nodes = np.delete(rows_to_nodes(inputs, rank, per_node), buffer.topology.node)
     before = buffer.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -15,7 +16,9 @@ from epcomm import Buffer, reference
 from epcomm.backends.host.exchange import Exchange
 from epcomm.backends.host.header import Operation
 from epcomm.bootstrap import topology
+from epcomm.cli.plan.routing import expected_rows
 from epcomm.errors import CapacityError, RankMismatch, ShapeError
+from epcomm.testing import uniform_routing
 
 BY_NAME = {case.name: case for case in CASES}
 UNIFORM = BY_NAME["uniform"]
@@ -147,6 +150,58 @@ def test_every_row_crosses_once_for_each_node(comm, num_ranks, case, monkeypatch
     direct = reference.get_dispatch_layout(inputs.topk_idx[comm.rank], inputs.num_experts, num_ranks)
     saved = direct.num_tokens_per_rank[is_far].sum() - np.delete(to_nodes, node).sum()
     assert sum(comm.allgather(int(saved))) > 0
+
+
+@pytest.mark.ranks((4, 8), slow=(8,))
+@pytest.mark.parametrize("case", [UNIFORM, BY_NAME["topk_32"], BY_NAME["zipf_skew"]], ids=lambda case: case.name)
+def test_rows_that_cross_are_counted(buffer_of, num_ranks, case):
+    internode.every_row_crosses_once_for_each_node(buffer_of(2), case.inputs(num_ranks))
+
+
+@pytest.mark.ranks(4)
+def test_rows_of_cached_and_bounded_dispatches_cross_too(buffer_of, comm):
+    """A row without room at its destination has crossed before it is dropped; its sum does not come back."""
+    buffer, inputs = buffer_of(2), Case("worst", worst="overflow", num_topk=6, tokens=(30, 2, 17)).inputs(comm.size)
+    to_others = int(np.delete(rows_to_nodes(inputs, comm.rank, 2), buffer.topology.node).sum())
+    before = buffer.stats
+    _, result = checks.dispatch(buffer, inputs)
+    buffer.dispatch(inputs.x[comm.rank], handle=result.handle)
+    checks.combine(buffer, inputs, result)
+    sent, returned = (buffer.stats[name] - before[name] for name in ("rows_to_other_nodes", "rows_from_other_nodes"))
+    assert sent == 2 * to_others
+    assert returned <= to_others
+    assert sum(comm.allgather(to_others - returned)) > 0
+    checks.check_overflow(buffer, inputs)
+
+
+@pytest.mark.ranks(4)
+def test_one_node_has_no_other_nodes(buffer_of, num_ranks):
+    buffer = buffer_of(4)
+    checks.round_trip(buffer, UNIFORM.inputs(num_ranks))
+    assert (buffer.stats["rows_to_other_nodes"], buffer.stats["rows_from_other_nodes"]) == (0, 0)
+
+
+@pytest.mark.ranks((4, 6), slow=(6,))
+def test_rows_are_as_many_as_the_plan_expects(buffer_of, comm):
+    """`epcomm plan` against what crosses and what arrives, within four standard errors of uniform routing."""
+    num_ranks, num_tokens, hidden, experts, topk = comm.size, 3000, 16, 8 * comm.size, 3
+    buffer, num_nodes = buffer_of(2), comm.size // 2
+    rows = expected_rows(num_nodes, 2, num_tokens, experts, topk)
+    topk_idx = uniform_routing(num_tokens, experts, topk, seed=1, first_token=comm.rank * num_tokens)
+    layout = buffer.get_dispatch_layout(topk_idx, experts)
+    before = buffer.stats
+    result = buffer.dispatch(np.zeros((num_tokens, hidden), np.float32), topk_idx=topk_idx, **layout.arguments())
+    buffer.combine(result.recv_x, result.handle)
+    crossed = [buffer.stats[name] - before[name] for name in ("rows_to_other_nodes", "rows_from_other_nodes")]
+    assert crossed[0] == crossed[1]
+    # Tokens choose independently, and of one token, a choice of one node makes that of another less likely.
+    for counted, expected, chance, num_chances in (
+        (crossed[0], rows.crossing, rows.node_hit, (num_nodes - 1) * num_tokens),
+        (len(result.recv_x), rows.received, rows.rank_hit, num_ranks * num_tokens),
+    ):
+        assert abs(counted - expected) <= 4 * math.sqrt(num_chances * chance * (1 - chance))
+    # It would show if rows crossed once for each rank.
+    assert rows.for_each_rank - rows.crossing > 8 * math.sqrt(rows.crossing)
 
 
 @pytest.mark.ranks(4)

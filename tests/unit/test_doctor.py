@@ -155,6 +155,7 @@ def test_every_check_of_the_task_has_a_line(report):
         "gpu",
     }
     wanted |= {"mps", "cupy", "nvrtc", "nvjitlink", "kernels", "nvshmem", "torch", "jax", "shared memory", "cache"}
+    wanted |= {"nodes", "nics", "ethernet", "nvshmem transports", "gpudirect rdma", "ibgda"}
     assert wanted | set(env.VARIABLES) <= set(checks)
 
 
@@ -261,7 +262,7 @@ def test_an_interrupt_ends_the_probes(fake, fifo):
     code = (
         "import argparse, sys; from epcomm.cli import doctor; from epcomm.cli.doctor import runner;"
         "runner.PROBES = (runner.Probe('fake', 'fake_probes:hang'),);"
-        "sys.exit(doctor.main(argparse.Namespace(json=False, timeout=60.0)))"
+        "sys.exit(doctor.main(argparse.Namespace(json=False, job=False, timeout=60.0)))"
     )
     root = str(Path(doctor.__file__).parents[3])
     changes = {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], root])}

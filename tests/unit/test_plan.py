@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from epcomm.cli.plan.times import Links, predict
 from epcomm.cli.plan.traffic import Job, combine_traffic, dispatch_traffic, messages_of
 from epcomm.errors import CapacityError, InputError
 from epcomm.kernels.rings import Rings
-from epcomm.testing import uniform_routing
+from epcomm.testing import grouped_routing, uniform_routing
 
 LINKS = Links(nic_gbs=50, nvlink_gbs=370, nic_mops=100, nic_us=5, nvlink_us=2)
 
@@ -96,6 +97,58 @@ def test_expectations_are_those_of_routing_that_is_counted(shape):
             # The standard error of a sum of independent tokens, and four of them.
             error = math.sqrt(counts.size) * counts.std() if counts.size else 0.0
             assert abs(counts.sum() - expected[name]) <= 4 * error + 1e-6, (name, rank)
+
+
+LIMITS = {
+    "4_of_8x2": (8, 2, 64, 8, 4),
+    "2_of_4x4": (4, 4, 32, 6, 2),
+    "2_of_3x3": (3, 3, 18, 5, 2),
+    "1_of_4x2": (4, 2, 32, 6, 1),
+    "2_of_8x1": (8, 1, 32, 3, 2),
+    "no_choice_within_the_nodes": (4, 2, 16, 8, 2),
+}
+
+
+@pytest.mark.parametrize("shape", LIMITS.values(), ids=LIMITS)
+def test_expectations_with_a_node_limit_are_those_of_grouped_routing(shape):
+    num_nodes, gpus, num_experts, num_topk, limit = shape
+    num_tokens, num_ranks = 600, num_nodes * gpus
+    topk_idx = grouped_routing(
+        num_ranks * num_tokens, num_experts, num_topk, seed=5, num_groups=num_nodes, num_topk_groups=limit
+    ).reshape(num_ranks, num_tokens, num_topk)
+    expected = expected_rows(num_nodes, gpus, num_tokens, num_experts, num_topk, limit)._asdict()
+    for rank in (0, num_ranks - 1):
+        for name, counts in count_rows(topk_idx, rank, num_nodes, gpus, num_experts).items():
+            error = math.sqrt(counts.size) * counts.std() if counts.size else 0.0
+            assert abs(counts.sum() - expected[name]) <= 4 * error + 1e-6, (name, rank)
+    # Without the limit more nodes would be chosen, beyond those tolerances.
+    unlimited = expected_rows(num_nodes, gpus, num_tokens, num_experts, num_topk)
+    assert unlimited.crossing > expected["crossing"] + 4 * math.sqrt(num_tokens * num_nodes)
+
+
+@pytest.mark.parametrize("limit", [4, 5, None])
+def test_a_limit_of_all_nodes_is_none(limit):
+    assert expected_rows(4, 8, 4096, 256, 8, limit) == expected_rows(4, 8, 4096, 256, 8)
+
+
+def test_a_limit_that_is_never_reached_changes_nothing():
+    """Four choices lie on four nodes at most; but here the draws are followed one by one."""
+    rows, limited = expected_rows(16, 8, 4096, 256, 4), expected_rows(16, 8, 4096, 256, 4, 15)
+    assert limited.node_hit == pytest.approx(rows.node_hit, rel=1e-12)
+    assert limited.rank_hit == pytest.approx(rows.rank_hit, rel=1e-12)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1])
+def test_nodes_that_have_too_few_experts(limit):
+    with pytest.raises(InputError, match="enough nodes of 4 experts for the 6 of a token"):
+        expected_rows(4, 2, 10, 16, 6, limit)
+
+
+def test_a_node_limit_saves_network_and_nothing_else():
+    free, limited = make_job(32), dataclasses.replace(make_job(32), node_limit=4)
+    assert limited.rows.crossing == pytest.approx(4096 * 4 * 31 / 32, rel=1e-4)  # of 7.3 nodes
+    assert dispatch_traffic(limited).row_bytes < 0.56 * dispatch_traffic(free).row_bytes
+    assert limited.rows.received == pytest.approx(free.rows.received, rel=1e-12)  # a rank has a choice's one expert
 
 
 def test_expectations_would_not_fit_another_formula():
@@ -266,6 +319,11 @@ def test_one_rank_takes_no_time():
         (["--gpus", "0"], "--gpus: got 0; wanted 1 to 31"),
         (["--topk", "33"], "--topk: got 33; wanted 1 to 32"),
         (["--topk", "8", "--experts", "4"], "--topk: got 8; wanted 1 to 4"),
+        (["--node-limit", "0"], "--node-limit: got 0; wanted 1 or more: 2 nodes have 128 experts each, a token has 8"),
+        (
+            ["--nodes", "4,64", "--node-limit", "1", "--experts", "64", "--topk", "16"],
+            "--node-limit: got 1; wanted 2 or more: 64 nodes have 8 experts each, a token has 16",
+        ),
         (["--tokens", "0"], "--tokens: got 0; wanted at least 1"),
         (["--experts", "0"], "--experts: got 0; wanted at least 1"),
         (["--hidden", "12"], "--hidden: got 12; wanted a multiple of 8 for bf16"),
@@ -311,6 +369,16 @@ def test_other_reports(options, capsys):
     assert ("rdma hint is too small for 3 nodes" in text) == ("--nodes=3" in options)
 
 
+def test_the_report_tells_the_limit(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    assert cli.main(["plan", "--nodes=8", "--node-limit=4", f"--json={file}"]) == 0
+    assert "uniform routing, a token on 4 nodes at most\n" in capsys.readouterr().out
+    alone, _, several, _ = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (alone["node_limit"], several["node_limit"]) == (4, 4)
+    rows = expected_rows(8, 8, 4096, 256, 8, 4)
+    assert several["rows_per_rank"]["crossing"] == rows.crossing
+
+
 def test_one_node_is_in_the_tables_once(capsys):
     assert cli.main(["plan", "--nodes=1,2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -331,7 +399,7 @@ def test_the_table_of_the_documentation_is_the_report(capsys):
 def test_the_commands_of_the_documentation_are_taken(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^epcomm (plan.*?)(?: *#.*)?$", CLUSTER.read_text(), re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for line in commands:
         assert cli.main(line.split()) == 0
     assert (tmp_path / "plan.json").exists()

@@ -122,6 +122,7 @@ class HostBackend:
                     do="set it to auto, or make room in EPCOMM_SHM_DIR",
                 )
         self._nodes = internode.Nodes(comm.rank, comm.size, topology.ranks_per_node)
+        self._crossings = internode.Crossings()
         self._turn = HostTurn()
 
     def enter(self) -> None:
@@ -145,12 +146,12 @@ class HostBackend:
 
     def dispatch(self, turn: HostTurn, request: DispatchRequest) -> DispatchOutcome:
         if self._nodes.num_nodes > 1:
-            return internode.dispatch(self._exchange, self._nodes, request)
+            return internode.dispatch(self._exchange, self._nodes, request, self._crossings)
         return throughput.dispatch(self._exchange, request)
 
     def combine(self, turn: HostTurn, request: CombineRequest) -> CombineOutcome:
         if self._nodes.num_nodes > 1:
-            return internode.combine(self._exchange, self._nodes, request)
+            return internode.combine(self._exchange, self._nodes, request, self._crossings)
         return throughput.combine(self._exchange, request)
 
     def low_latency_dispatch(
@@ -227,6 +228,8 @@ class HostBackend:
         return {
             "bytes_copied_to_windows": self._exchange.num_bytes_copied,
             "bytes_sent_by_message": self._exchange.messages.num_bytes,
+            "rows_to_other_nodes": self._crossings.sent,
+            "rows_from_other_nodes": self._crossings.returned,
         }
 
     def interrupted(self) -> bool:

@@ -31,7 +31,7 @@ from epcomm.backends.protocol import CombineOutcome, CombineRequest, DispatchOut
 from epcomm.errors import HandleError
 from epcomm.layout import Ring
 
-__all__ = ["Nodes", "combine", "dispatch"]
+__all__ = ["Crossings", "Nodes", "combine", "dispatch"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,19 @@ class Nodes:
         return mask
 
 
+@dataclass
+class Crossings:
+    """What has crossed between nodes so far, of one rank's tokens.
+
+    Attributes:
+        sent: rows to forwarders of other nodes, in dispatches.
+        returned: sums that came back from them, in combines.
+    """
+
+    sent: int = 0
+    returned: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class _Forwarded:
     """Rows at the forwarder, by source node, then token, and what everybody learned in the first hop."""
@@ -92,7 +105,8 @@ class _Forwarded:
     sequence: int
 
 
-def _first_hop(exchange: Exchange, nodes: Nodes, request: DispatchRequest) -> _Forwarded:
+def _first_hop(exchange: Exchange, nodes: Nodes, request: DispatchRequest, crossings: Crossings) -> _Forwarded:
+    """Send a row to this rank's rail once for each node that wants it, and take what the rail sends."""
     mask = request.is_token_in_rank
     selection = select_tokens(nodes.to_rail(nodes.by_node(mask)))
     fields = payload_fields(request, selection)
@@ -103,6 +117,7 @@ def _first_hop(exchange: Exchange, nodes: Nodes, request: DispatchRequest) -> _F
     operation, agreed = agreed_for_dispatch(request)
     ticket = exchange.post(operation, Ring.THROUGHPUT, agreed, posted)
     with exchange.collect(ticket) as delivery:
+        crossings.sent += int(selection.counts.sum() - selection.counts[nodes.rank])
         rail = range(*nodes.rail.indices(nodes.num_ranks))
         counts = np.array([delivery.count(source) for source in rail], np.int32)
         num_rows = int(counts.sum())
@@ -146,10 +161,10 @@ def _drop_overflow(nodes: Nodes, rows: _Forwarded, kept: NDArray[np.int64]) -> _
     )
 
 
-def dispatch(exchange: Exchange, nodes: Nodes, request: DispatchRequest) -> DispatchOutcome:
+def dispatch(exchange: Exchange, nodes: Nodes, request: DispatchRequest, crossings: Crossings) -> DispatchOutcome:
     """Send every token once to each node that owns one of its experts, and hand it out there."""
     rank = nodes.rank
-    rows = _first_hop(exchange, nodes, request)
+    rows = _first_hop(exchange, nodes, request, crossings)
     counts = rows.counts_by_rank
     kept = surviving_counts(counts, request.num_worst_tokens)
     if (kept < counts).any():
@@ -214,7 +229,7 @@ def _widths(request: CombineRequest) -> list[tuple[int, np.dtype[Any]]]:
     return widths
 
 
-def combine(exchange: Exchange, nodes: Nodes, request: CombineRequest) -> CombineOutcome:
+def combine(exchange: Exchange, nodes: Nodes, request: CombineRequest, crossings: Crossings) -> CombineOutcome:
     """Sum each node's rows at the forwarder, rounded once, then the nodes' rows at the source."""
     handle, num_rows = request.handle, request.handle.num_recv_tokens
     assert handle.forward_mask is not None
@@ -253,4 +268,5 @@ def combine(exchange: Exchange, nodes: Nodes, request: CombineRequest) -> Combin
             sums.reduce([delivery.rows(r, index) for r in rail], width, dtype, request.biases if index == 0 else ())
             for index, (width, dtype) in enumerate(widths)
         ]
+        crossings.returned += sum(delivery.count(forwarder) for forwarder in rail if forwarder != nodes.rank)
     return CombineOutcome(combined[0], combined[1] if len(combined) > 1 else None)

@@ -10,7 +10,9 @@ check is a line of the report; it never takes the report away.
     runner.py         the table of probes; starts them, reads them, ends them
     child.py          what runs inside the child process
     machine.py  mpi.py  gpu.py  cuda_packages.py  cuda_backend.py  frameworks.py      the probes
+    network.py  gpu_network.py       probes of NICs, and of what NVSHMEM would need of them
     smoke.py          the two-rank program that is started last, for each backend
+    nodes.py          --job: nodes and hosts of the job that this process belongs to
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ __all__ = ["add_parser", "main"]
 _DESCRIPTION = """\
 Tells what works on this machine and how to mend what does not. Each check runs in its own process,
 so nothing that it loads can crash or hang the report. The exit status is 0 when the host backend
-works (two ranks exchanged tokens and the bits were right), else 1. A missing GPU is not an error.
+works (two ranks exchanged tokens and the bits were right), else 1. A missing GPU or NIC is not an
+error. With --job, started on all ranks by the launcher of a job: its nodes, and how their networks
+differ; then the exit status is 0 when the ranks form nodes.
 """
 
 
@@ -37,20 +41,26 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="S",
         help="seconds each check may take (default: 20; 60 to 90 for torch, jax, kernels, two-rank tests)",
     )
+    parser.add_argument("--job", action="store_true", help="only the nodes of the job around it; on all its ranks")
     parser.set_defaults(func=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs every check and prints the report. Not collective.
+    """Runs every check and prints the report. Not collective, but with ``--job``.
 
     Args:
-        args: `json` (bool) and `timeout` (seconds, or None for each probe's own limit).
+        args: `json` and `job` (bool) and `timeout` (seconds, or None for each probe's own limit).
 
     Returns:
-        0 when the host backend works, 1 when it does not, 130 after Ctrl-C.
+        0 when the host backend works, 1 when it does not, 130 after Ctrl-C. With ``--job`` 0 when the ranks form
+        nodes, else 1.
     """
     from epcomm.cli.doctor import findings, runner
 
+    if args.job:
+        from epcomm.cli.doctor import nodes
+
+        return nodes.show(as_json=args.json, timeout_s=args.timeout)
     try:
         found = runner.run_all(runner.PROBES, timeout_s=args.timeout)
     except KeyboardInterrupt:

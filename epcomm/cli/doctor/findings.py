@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from epcomm import env
 
-__all__ = ["Finding", "Status", "cuda_state", "host_works", "to_json", "to_text", "wants_colour"]
+__all__ = ["Finding", "Status", "cuda_state", "host_works", "to_json", "to_lines", "to_text", "wants_colour"]
 
 Status = Literal["ok", "warn", "missing", "FAIL"]
 
@@ -83,7 +83,14 @@ def to_json(findings: Sequence[Finding]) -> str:
 
 
 def to_text(findings: Sequence[Finding], *, colour: bool = False) -> str:
-    """The report for a terminal: one aligned line a check, the advice under it, the summary last."""
+    """The report for a terminal: the lines of all findings, the summary last."""
+    host = "works" if host_works(findings) else "does not work (see the lines above)"
+    summary = f"host backend: {host}; cuda backend: {cuda_state(findings)}"
+    return "\n".join([*to_lines(findings, colour=colour), "", summary])
+
+
+def to_lines(findings: Sequence[Finding], *, colour: bool = False) -> list[str]:
+    """One aligned line a check, its advice under it."""
     mark_width = max(map(len, _STATUSES))
     check_width = max((len(finding.check) for finding in findings), default=0)
     indent = " " * (mark_width + check_width + 4)
@@ -94,8 +101,7 @@ def to_text(findings: Sequence[Finding], *, colour: bool = False) -> str:
             mark = f"{_COLOURS[finding.status]}{mark}{_PLAIN}"
         lines.append(f"{mark}  {finding.check:<{check_width}}  {finding.text}".rstrip())
         lines += [f"{indent}-> {line}" for line in finding.advice.splitlines()]
-    host = "works" if host_works(findings) else "does not work (see the lines above)"
-    return "\n".join([*lines, "", f"host backend: {host}; cuda backend: {cuda_state(findings)}"])
+    return lines
 
 
 def wants_colour() -> bool:

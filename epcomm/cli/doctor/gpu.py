@@ -23,6 +23,7 @@ _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 # CUdevice_attribute, CUdevice_P2PAttribute and CUcomputemode of cuda.h
 _ATTRIBUTE_NUM_SMS, _ATTRIBUTE_COMPUTE_MODE, _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 16, 20, 75, 76
+_ATTRIBUTE_DMA_BUF_SUPPORTED = 124
 _P2P_NATIVE_ATOMICS = 3
 _MODE_PROHIBITED, _MODE_EXCLUSIVE_PROCESS = 2, 3
 
@@ -103,6 +104,10 @@ class Driver:
             memory_bytes=memory.value,
             compute_mode=attribute(_ATTRIBUTE_COMPUTE_MODE),
         )
+
+    def has_dma_buf(self, index: int) -> bool:
+        """Whether memory of that device can be given to other devices as a dma_buf, which NICs register."""
+        return bool(self._int("cuDeviceGetAttribute", _ATTRIBUTE_DMA_BUF_SUPPORTED, self._int("cuDeviceGet", index)))
 
     def link(self, source: int, target: int) -> str:
         """How device `source` reaches the memory of `target`; only NVLink has native remote atomics."""

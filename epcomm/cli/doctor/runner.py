@@ -16,7 +16,7 @@ from epcomm import env
 from epcomm.cli.doctor import child, packages
 from epcomm.cli.doctor.findings import Finding
 
-__all__ = ["PROBES", "Probe", "run_all", "run_probe"]
+__all__ = ["NETWORK_PROBES", "PROBES", "Probe", "run_all", "run_probe"]
 
 # Two frameworks import at once on a small machine; more threads would only make both slower.
 _NUM_THREADS = 4
@@ -56,6 +56,8 @@ PROBES: tuple[Probe, ...] = (
     Probe("nvrtc", f"{_HERE}.cuda_packages:probe_compilers"),
     Probe("kernels", f"{_HERE}.cuda_backend:probe_kernels", timeout_s=60.0),
     Probe("nvshmem", f"{_HERE}.cuda_packages:probe_nvshmem"),
+    Probe("nics", f"{_HERE}.network:probe_network"),
+    Probe("nvshmem transports", f"{_HERE}.gpu_network:probe_gpu_network"),
     Probe("torch", f"{_HERE}.frameworks:probe_torch", timeout_s=60.0, advice="pip install --force-reinstall torch"),
     Probe("jax", f"{_HERE}.frameworks:probe_jax", timeout_s=60.0, advice="pip install --force-reinstall jax jaxlib"),
     Probe("shared memory", f"{_HERE}.machine:probe_shared_memory"),
@@ -64,6 +66,9 @@ PROBES: tuple[Probe, ...] = (
     Probe("smoke test", f"{_HERE}.mpi:probe_smoke", timeout_s=60.0, last=True),
     Probe("gpu smoke test", f"{_HERE}.cuda_backend:probe_smoke", timeout_s=90.0, last=True),
 )
+
+# What hosts of one job should have alike.
+NETWORK_PROBES = tuple(probe for probe in PROBES if probe.name in ("nvshmem", "nics", "nvshmem transports"))
 
 
 def run_all(probes: Sequence[Probe], *, timeout_s: float | None = None) -> list[Finding]:

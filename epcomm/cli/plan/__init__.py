@@ -35,8 +35,9 @@ _MAX_TOPK = 32
 _DESCRIPTION = """\
 Predicts throughput-mode dispatch and combine over several nodes: rows that cross the network (once for each token and
 other node) and rows over NVLink, the bytes of both, what each link takes for them, which one decides, and buffer sizes.
-Uniform routing: every set of experts equally likely. Measures nothing; --nic-us, --nvlink-us and --nic-mops are
-assumptions, to be replaced by what your machine does.
+Uniform routing: every set of experts equally likely; with --node-limit M, experts have random scores, and a token takes
+the best ones of the M nodes whose best expert scores highest. Measures nothing; --nic-us, --nvlink-us and --nic-mops
+are assumptions, to be replaced by what your machine does.
 """
 
 
@@ -60,6 +61,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         ("--nvlink-us", number, 2.0, "US", "microseconds from a store to its sight at another GPU"),
     ):
         parser.add_argument(name, **kind, default=default, metavar=metavar, help=f"{text} (default: {default:g})")
+    parser.add_argument(
+        "--node-limit", type=int, metavar="M", help="most nodes on which a token has experts: a gate with groups"
+    )
     parser.add_argument(
         "--dtype", choices=("bf16", "fp8"), default="bf16", help="rows of dispatch; combine: bf16 (default: bf16)"
     )
@@ -92,7 +96,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     """One for each number of nodes.
 
     Raises:
-        InputError: sizes that epcomm does not take.
+        InputError: sizes that epcomm does not take, or a node limit that leaves a token too few experts.
     """
     from epcomm.cli.plan.traffic import Job
 
@@ -105,10 +109,20 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     channels = {"fp8": 128, "bf16": 8}[args.dtype]
     if args.hidden < 1 or args.hidden % channels:
         raise InputError("--hidden", got=args.hidden, wanted=f"a multiple of {channels} for {args.dtype}")
-    return [
-        Job(nodes, args.gpus, args.tokens, args.hidden, args.topk, args.experts, args.dtype)
-        for nodes in _node_counts(args.nodes)
-    ]
+    sizes = args.gpus, args.tokens, args.hidden, args.topk, args.experts, args.dtype
+    jobs = [Job(nodes, *sizes, args.node_limit) for nodes in _node_counts(args.nodes)]
+    for job in jobs:
+        _check_node_limit(job)
+    return jobs
+
+
+def _check_node_limit(job: Job) -> None:
+    """Raise InputError where so few nodes have fewer experts than a token takes."""
+    of_node = job.experts // job.num_nodes
+    least = -(-job.topk // of_node)
+    if job.node_limit is not None and job.node_limit < least:
+        wanted = f"{least} or more: {job.num_nodes} nodes have {of_node} experts each, a token has {job.topk}"
+        raise InputError("--node-limit", got=job.node_limit, wanted=wanted)
 
 
 def _node_counts(text: str | None) -> tuple[int, ...]:

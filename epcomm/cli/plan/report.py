@@ -17,7 +17,7 @@ _ROWS = (
     "a token: nodes and ranks that it chose, of all. crossing: rows a rank sends to",
     "other nodes, once for each token and node; direct: if once for each rank instead.",
     "NVLink: rows it writes to other GPUs of its node, forwarded ones included; own: to",
-    "itself. received: by its experts. Expectations, every set of experts equally likely.",
+    "itself. received: by its experts. Expectations, for experts with random scores.",
 )
 _TIMES = (
     "MB (1e6 bytes): what a rank sends over its NIC and NVLink, places, questions, words",
@@ -60,6 +60,7 @@ def to_json_lines(plans: Sequence[Plan], one_node: Plan, links: Links) -> list[s
                 "tokens_per_rank": plan.job.tokens,
                 "hidden": plan.job.hidden,
                 "topk": plan.job.topk,
+                "node_limit": plan.job.node_limit,
                 "dtype": plan.job.dtype if found.operation == "dispatch" else "bf16",
                 "predicted_us": found.total_s * 1e6,
                 "latency_us": found.latency_s * 1e6,
@@ -102,9 +103,10 @@ def _indented(lines: Sequence[str]) -> list[str]:
 def _header(plan: Plan, links: Links) -> Iterator[str]:
     job = plan.job
     scales = " with float32 scales of 128 channels" if job.dtype == "fp8" else ""
+    limit = "" if job.node_limit is None else f", a token on {job.node_limit} nodes at most"
     yield f"epcomm plan, throughput: nodes of {job.gpus} GPUs, a rank each"
     yield f"  {job.tokens} tokens a rank, hidden {job.hidden}, top-{job.topk} of {job.wanted_experts} experts or more"
-    yield f"  dispatch in {job.dtype}{scales}, combine in bf16; uniform routing"
+    yield f"  dispatch in {job.dtype}{scales}, combine in bf16; uniform routing{limit}"
     yield f"  a GPU, each way: NIC {links.nic_gbs:g} GB/s, NVLink {links.nvlink_gbs:g} GB/s"
     yield (
         f"  assumed: NIC {links.nic_mops:g} million operations a second, "

@@ -14,11 +14,19 @@ A sum of expectations needs no independence, so with T tokens of every rank the 
     received    T * N * L * P(E / R)
 
 and as many come in as go out, since all ranks are alike. Combine moves the same numbers of rows the other way.
+
+With a limit of M nodes (group-limited gates, a group for each node: DeepSeek-V3, arXiv:2412.19437, section 2.1.2) the
+experts have random scores, a node that of its best expert, and the k experts are the best ones of the M best nodes, as
+`epcomm.testing.grouped_routing` draws them. In the order of their scores experts are drawn one by one: until M nodes
+have come up, from all E; after that from these M only. `_chosen_of_node` follows the draws. So a token meets as many
+nodes as without a limit, but no more than M. DeepSeek-V3 scores a node by the sum of its two best experts instead; with
+random scores that changes both probabilities by less than 1 % (k = 8 of 256, M = 4, 8 to 32 nodes).
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import NamedTuple
 
 from epcomm.errors import InputError
@@ -69,17 +77,31 @@ class Rows(NamedTuple):
         return self.near + self.forwarded
 
 
-def expected_rows(num_nodes: int, gpus: int, num_tokens: int, num_experts: int, num_topk: int) -> Rows:
+def expected_rows(
+    num_nodes: int, gpus: int, num_tokens: int, num_experts: int, num_topk: int, node_limit: int | None = None
+) -> Rows:
     """Of one rank, with `num_tokens` on every one.
 
+    Args:
+        num_nodes, gpus, num_tokens, num_experts, num_topk: N, L, T, E, k.
+        node_limit: M, the most nodes on which a token has experts; None: no limit.
+
     Raises:
-        InputError: `num_experts` is not a multiple of the ranks, or `num_topk` not in 0 .. `num_experts`.
+        InputError: `num_experts` is not a multiple of the ranks, or `num_topk` not in 0 .. `num_experts`, or
+            `node_limit` nodes have fewer experts than that.
     """
     num_ranks = num_nodes * gpus
     if num_experts < 1 or num_experts % num_ranks:
         raise InputError("num_experts", got=num_experts, wanted=f"a multiple of the {num_ranks} ranks")
-    node_hit = hit_probability(num_experts, num_experts // num_nodes, num_topk)
-    rank_hit = hit_probability(num_experts, num_experts // num_ranks, num_topk)
+    of_node, of_rank = num_experts // num_nodes, num_experts // num_ranks
+    if node_limit is None or node_limit >= num_nodes:
+        node_hit = hit_probability(num_experts, of_node, num_topk)
+        rank_hit = hit_probability(num_experts, of_rank, num_topk)
+    else:
+        chances = _chosen_of_node(num_nodes, of_node, num_topk, node_limit)
+        node_hit = 1 - chances[0]
+        # Of a node's experts every set is equally likely.
+        rank_hit = sum(chance * hit_probability(of_node, of_rank, count) for count, chance in enumerate(chances))
     near = num_tokens * (gpus - 1) * rank_hit
     return Rows(
         node_hit=node_hit,
@@ -91,3 +113,34 @@ def expected_rows(num_nodes: int, gpus: int, num_tokens: int, num_experts: int, 
         received=num_tokens * num_ranks * rank_hit,
         for_each_rank=num_tokens * (num_ranks - gpus) * rank_hit,
     )
+
+
+def _chosen_of_node(num_nodes: int, of_node: int, num_topk: int, node_limit: int) -> list[float]:
+    """Probabilities that a token chose 0, 1, ... experts of a given node, where `node_limit` < `num_nodes`.
+
+    Follows the draws by the number of other nodes that have come up, and of experts that came from the given one.
+
+    Raises:
+        InputError: `node_limit` nodes have fewer than `num_topk` experts.
+    """
+    if node_limit < 1 or num_topk > node_limit * of_node:
+        wanted = f"enough nodes of {of_node} experts for the {num_topk} of a token"
+        raise InputError("node_limit", got=node_limit, wanted=wanted)
+    now = {(0, 0): 1.0}
+    for num_drawn in range(num_topk):
+        after: dict[tuple[int, int], float] = defaultdict(float)
+        for (others, count), chance in now.items():
+            is_open = others + (count > 0) < node_limit
+            # Experts that the next draw can take: of the given node, of others that have come up, of the rest.
+            own = of_node - count if is_open or count > 0 else 0
+            known = others * of_node - (num_drawn - count)
+            rest = (num_nodes - 1 - others) * of_node if is_open else 0
+            total = own + known + rest
+            for state, ways in (((others, count + 1), own), ((others, count), known), ((others + 1, count), rest)):
+                if ways:
+                    after[state] += chance * ways / total
+        now = after
+    chances = [0.0] * (min(num_topk, of_node) + 1)
+    for (_, count), chance in now.items():
+        chances[count] += chance
+    return chances

@@ -52,6 +52,7 @@ class Job:
         topk: k.
         wanted_experts: E, before it is rounded up to a multiple of the ranks.
         dtype: "bf16", or "fp8" with a float32 scale for each 128 channels; combine is in bf16.
+        node_limit: M, the most nodes on which a token has experts; None: no limit.
     """
 
     num_nodes: int
@@ -61,6 +62,7 @@ class Job:
     topk: int
     wanted_experts: int
     dtype: str
+    node_limit: int | None = None
 
     def with_nodes(self, num_nodes: int) -> Job:
         """The same on another number of nodes."""
@@ -78,7 +80,7 @@ class Job:
     @functools.cached_property
     def rows(self) -> Rows:
         """What it moves."""
-        return expected_rows(self.num_nodes, self.gpus, self.tokens, self.experts, self.topk)
+        return expected_rows(self.num_nodes, self.gpus, self.tokens, self.experts, self.topk, self.node_limit)
 
     @property
     def dispatch_row_bytes(self) -> int:
