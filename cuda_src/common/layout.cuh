@@ -11,7 +11,7 @@
 // Where ranks of other nodes are reached through NVSHMEM, words and messages lie in its symmetric heap instead, and the
 // region has the rest:
 //
-//     heap: [ Workspace | low-latency area | rings ]        region: [ window | arena ]
+//     heap: [ Workspace | low-latency area, and what it sends | rings ]        region: [ arena ]
 //
 // Twin: epcomm/kernels/layout.py.
 #pragma once

@@ -6,6 +6,8 @@
 // them from there. Each owner decides for itself. Either way a warp of the source takes a piece of a token, has the rows
 // of all its choices on their way to shared memory at once, and adds them in the order of the choices.
 //
+// Rows for sources behind the network are always pushed, whole ones, of which the cell of the first piece tells.
+//
 // LOW_LATENCY_PAYLOAD: rows as they are; or rows in LogFMT, which are always pushed; or, of each owner of a token, the sum of
 // its rows. For that the sources send their weights ahead, and an owner waits for those of a message in the send half.
 //
@@ -27,6 +29,7 @@ __device__ inline void send(const LowLatencyCombineArgs& args, const Call& call,
     if (reachable == 0 || shared.dispatched == 0) return;
     if (kMayPull) send_places(args, call, reachable);
     if (kPayload == kPartialSums) send_weights(args, call, reachable);
+    if (kHasNetwork) push_far_messages(args, call, shared);  // they take longest
     if (!args.is_pulled) push_messages(args, call, shared);
 }
 

@@ -31,6 +31,8 @@ struct LowLatencyCombineArgs {
     Comm comm;
     SlotArgs slot;
     uint64_t buffer[kMaxRanks];  // by rank: address of its combine buffer of this slot, or 0
+    uint64_t staging;            // offset of this rank's rows that go through the network, as they will lie at each far rank
+    uint64_t staging_bytes;      // of those for one rank
     uint64_t x;                  // bfloat16 [L, max_rows, hidden], this rank's
     uint64_t topk_idx;           // int32 or int64 [num_tokens, num_topk]
     uint64_t topk_weights;       // float32 [num_tokens, num_topk]
@@ -54,6 +56,10 @@ struct LowLatencyCombineArgs {
     __device__ uint64_t place_of(int source, int64_t choice) const {
         return slot.rows_at(comm, source) + choice * wire_bytes;
     }
+    __device__ uint64_t staged_at(int source, int64_t choice) const {
+        return comm.control[comm.rank] + staging + slot.far_index(source) * staging_bytes + choice * wire_bytes;
+    }
+    // Cells, which a sender sets by set_word: those of its own, as if it were the other.
     __device__ uint64_t* begins_at(int source) const { return slot.cells_at(comm, source); }
     __device__ uint64_t* piece_at(int source, int64_t choice, uint32_t piece) const {
         return begins_at(source) + num_experts() + choice * num_pieces + piece;
@@ -70,7 +76,7 @@ struct LowLatencyCombineArgs {
         return static_cast<int>(pointer<const int64_t>(layout_range)[expert * comm.num_ranks + source] >> 32);
     }
 };
-static_assert(sizeof(LowLatencyCombineArgs) == sizeof(Comm) + 88 + 256 + 9 * 8 + 10 * 4 + 2 * 8,
+static_assert(sizeof(LowLatencyCombineArgs) == sizeof(Comm) + 88 + 256 + 11 * 8 + 10 * 4 + 2 * 8,
               "LowLatencyCombineArgs differs from epcomm/kernels/low_latency_combine.py");
 
 struct Shared {

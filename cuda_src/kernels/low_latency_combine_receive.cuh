@@ -34,7 +34,7 @@ __device__ inline bool await_places(const LowLatencyCombineArgs& args, const Cal
         const int expert = first + threadIdx.x, owner = args.by_local.divide(expert);
         uint64_t cell = 0;
         auto awaited = [&] {
-            if (expert >= args.num_experts()) return 0u;
+            if (expert >= args.num_experts() || args.slot.is_far(owner)) return 0u;
             // ACQUIRE the rows at their owner, for all threads: a barrier follows. Pairs with the release of send_places.
             cell = ptx::ld_acquire_sys(&args.begins_at(comm.rank)[expert]);
             if (is_filled(cell, call)) return 0u;
@@ -120,10 +120,10 @@ __device__ inline int find_rows(const LowLatencyCombineArgs& args, const Call& c
     } else if (is_there) {
         row = args.place_of(comm.rank, at);
     }
-    // ACQUIRE pushed pieces. Pairs with the release of push, there.
+    // ACQUIRE pushed pieces. Pairs with the release of push, or of push_far_message, there.
+    const uint64_t* cell = args.piece_at(comm.rank, at, args.slot.is_far(owner) ? 0 : asked.piece);
     auto awaited = [&] {
-        const bool is_pending = is_there && !is_pulled;
-        return is_pending && !is_filled(ptx::ld_acquire_sys(args.piece_at(comm.rank, at, asked.piece)), call) ? 1u << owner : 0u;
+        return is_there && !is_pulled && !is_filled(ptx::ld_acquire_sys(cell), call) ? 1u << owner : 0u;
     };
     if (!wait_in_lanes(comm, call, kPhaseDone, awaited)) return -1;
     const uint32_t wanted = __ballot_sync(~0u, is_there);

@@ -16,7 +16,7 @@ __device__ inline void send_places(const LowLatencyCombineArgs& args, const Call
     const int num_local = args.num_local_experts;
 #pragma unroll 1
     for (int source = blockIdx.x; source < comm.num_ranks; source += gridDim.x) {
-        if (!(reachable >> source & 1)) continue;
+        if (!(reachable >> source & 1) || args.slot.is_far(source)) continue;
         // RELEASE what earlier kernels of this stream wrote to the combine buffer, by the fence at the start of this one;
         // if the rows are pushed, that says only so. Pairs with the ACQUIRE in await_places, there.
 #pragma unroll 1
@@ -31,7 +31,7 @@ __device__ inline void send_places(const LowLatencyCombineArgs& args, const Call
 __device__ inline void send_weights(const LowLatencyCombineArgs& args, const Call& call, uint32_t reachable) {
     const int r = threadIdx.x;
     if (blockIdx.x == 0 && r < args.comm.num_ranks && (reachable >> r & 1))
-        ptx::st_relaxed_sys(args.digest_at(r, args.comm.rank), tagged(call.sequence, args.slot.digest));
+        set_word(args.comm, r, args.digest_at(args.comm.rank, args.comm.rank), tagged(call.sequence, args.slot.digest));
     const int num_choices = args.num_tokens * args.num_topk;
 #pragma unroll 1
     for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
@@ -39,8 +39,8 @@ __device__ inline void send_weights(const LowLatencyCombineArgs& args, const Cal
         const int owner = args.by_local.divide(max(expert, 0));
         if (expert < 0 || !(reachable >> owner & 1)) continue;
         // Pairs with await_weight, there.
-        ptx::st_relaxed_sys(args.weight_at(owner, args.comm.rank, i),
-                            tagged(call.sequence, pointer<const uint32_t>(args.topk_weights)[i]));
+        set_word(args.comm, owner, args.weight_at(args.comm.rank, args.comm.rank, i),
+                 tagged(call.sequence, pointer<const uint32_t>(args.topk_weights)[i]));
     }
 }
 
@@ -82,7 +82,7 @@ __device__ inline bool await_weights(const LowLatencyCombineArgs& args, const Ca
 struct Parcel {
     int source, num_choices;
     int64_t choice;            // of this lane, at the source
-    uint64_t from, to;         // its row at this rank, and its place at the source
+    uint64_t from, to;         // its row at this rank, and its place at the source, or where it is staged
     uint32_t piece, num_pieces;
     uint32_t begin, num_bytes; // of a row, before it is encoded
 
@@ -99,14 +99,16 @@ struct Parcel {
         num_choices = header.num_choices;
         choice = static_cast<int64_t>(header.token) * num_topk + chosen.k;
         from = args.x + (static_cast<int64_t>(chosen.expert) * args.max_rows() + row) * args.row_bytes;
-        to = args.place_of(source, choice);
+        to = args.slot.is_far(source) ? args.staged_at(source, choice) : args.place_of(source, choice);
         begin = piece * args.piece_bytes;
         num_bytes = min(num_pieces * args.piece_bytes, args.row_bytes - begin);
     }
     __device__ bool is_used() const { return lane_index() < num_choices; }
+    // Whether a row, or the sum, lies at the i-th choice.
+    __device__ bool has_row(int i) const { return i < (kPayload == kPartialSums ? 1 : num_choices); }
 };
 
-// All lanes: the rows as they are.
+// All lanes: the rows as they are, of one of which no more than kPushColumns columns.
 __device__ inline void push_rows(const Parcel& parcel) {
     const uint32_t at = lane_index() * sizeof(Vector);
 #pragma unroll 1
@@ -178,22 +180,28 @@ __device__ inline void push_sum(const Parcel& parcel, float weight) {
     }
 }
 
-// All lanes; `start_ns` as above.
-__device__ inline void push(const LowLatencyCombineArgs& args, const Call& call, const Parcel& parcel,
-                            uint64_t start_ns) {
+// All lanes: write what the source gets to where it goes; `start_ns` as above. False: it gets nothing.
+__device__ inline bool write_parcel(const LowLatencyCombineArgs& args, const Call& call, const Parcel& parcel,
+                                    uint64_t start_ns) {
     float weight = 0;
     if constexpr (kPayload == kRows) push_rows(parcel);
     if constexpr (kPayload == kEncodedRows) push_encoded_rows(parcel, args.row_bytes / 2);
     if constexpr (kPayload == kPartialSums) {
-        if (!await_weights(args, call, parcel.source, parcel.choice, parcel.is_used(), start_ns, weight)) return;
+        if (!await_weights(args, call, parcel.source, parcel.choice, parcel.is_used(), start_ns, weight)) return false;
         // By now the source may have done without this rank, see await_room.
-        if (args.slot.leaves_late && __any_sync(~0u, went_on(args.comm, call, args.slot, parcel.source))) return;
+        if (args.slot.leaves_late && __any_sync(~0u, went_on(args.comm, call, args.slot, parcel.source))) return false;
         push_sum(parcel, weight);
     }
+    return true;
+}
+
+__device__ inline void push(const LowLatencyCombineArgs& args, const Call& call, const Parcel& parcel,
+                            uint64_t start_ns) {
+    if (!write_parcel(args, call, parcel, start_ns)) return;
     __syncwarp();
     ptx::fence_acq_rel_sys();
     // RELEASE the pieces, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE in find_rows.
-    const bool is_sent = kPayload == kPartialSums ? lane_index() == 0 : parcel.is_used();
+    const bool is_sent = parcel.has_row(lane_index());
 #pragma unroll 1
     for (uint32_t i = 0; is_sent && i < parcel.num_pieces; ++i)
         ptx::st_relaxed_sys(args.piece_at(parcel.source, parcel.choice, parcel.piece + i), tagged(call.sequence, 0));
@@ -214,9 +222,44 @@ __device__ inline void push_messages(const LowLatencyCombineArgs& args, const Ca
         const uint32_t number = unit / units_a_row, piece = (unit - number * units_a_row) * a_unit;
         const bool is_before = lane_index() < comm.num_ranks && shared.first_message[lane_index()] <= number;
         const int source = __popc(__ballot_sync(~0u, is_before)) - 1;
-        if (!(shared.opening.reachable >> source & 1)) continue;
+        if (!(shared.opening.reachable >> source & 1) || args.slot.is_far(source)) continue;
         const int message = number - shared.first_message[source];
         push(args, call, Parcel(args, source, message, piece, min(a_unit, args.num_pieces - piece)), start_ns);
+    }
+}
+
+// All lanes: a message to a source behind the network. Its rows are staged, in pieces as far as registers ask for that, and
+// sent one by one.
+__device__ inline void push_far_message(const LowLatencyCombineArgs& args, const Call& call, int source, int message,
+                                        uint64_t start_ns) {
+    const Comm& comm = args.comm;
+    const uint32_t a_step = kPayload == kRows ? 1 : args.num_pieces;
+#pragma unroll 1
+    for (uint32_t piece = 0; piece < args.num_pieces; piece += a_step)
+        if (!write_parcel(args, call, Parcel(args, source, message, piece, a_step), start_ns)) return;
+    const Parcel parcel(args, source, message, 0, args.num_pieces);
+    const uint64_t to = args.place_of(comm.rank, parcel.choice);
+    uint64_t* cell = args.piece_at(comm.rank, parcel.choice, 0);
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; parcel.has_row(i); ++i) {
+        // RELEASE the row, in one message. Pairs with the ACQUIRE in find_rows.
+        send_message(comm, source, __shfl_sync(~0u, to, i), __shfl_sync(~0u, parcel.to, i), args.wire_bytes,
+                     pointer<uint64_t>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(cell), i)), tagged(call.sequence, 0));
+    }
+}
+
+// All warps: the messages of sources behind the network. Code of its own, so that what goes to near ones stays short.
+__device__ __noinline__ void push_far_messages(const LowLatencyCombineArgs& args, Call call, const Shared& shared) {
+    const uint64_t start_ns = kPayload == kPartialSums && args.slot.leaves_late ? ptx::globaltimer_ns() : 0;
+    uint32_t number = blockIdx.x + warp_index() * gridDim.x;  // among those of far sources
+#pragma unroll 1
+    for (uint32_t rest = args.slot.far & shared.opening.reachable; rest != 0; rest &= rest - 1) {
+        const int source = __ffs(rest) - 1;
+        const uint32_t count = shared.first_message[source + 1] - shared.first_message[source];
+#pragma unroll 1
+        for (; number < count; number += gridDim.x * kWarps) push_far_message(args, call, source, number, start_ns);
+        number -= count;
     }
 }
 

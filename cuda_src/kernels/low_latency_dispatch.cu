@@ -11,6 +11,8 @@
 //     [ counts: of each local expert, and of messages | headers: [max_tokens, 1 + num_topk] |
 //       pieces: [max_tokens, num_pieces] ]
 //
+// Owners behind the network get whole rows, of which the cell of the first piece tells.
+//
 // Regions: writes slots of all ranks, reads the own one. Words: slot_ready, slot_ack; see sync/slot.cuh.
 #include "kernels/low_latency_dispatch_receive.cuh"
 #include "kernels/low_latency_dispatch_send.cuh"
@@ -46,6 +48,7 @@ __device__ inline void send(const LowLatencyDispatchArgs& args, const Call& call
     for (bool is_loaded = true;; is_loaded = false) {
         const bool is_last = chunk.first + chunk.count == args.num_tokens;
         if (is_last) send_counts(args, tables, call, reachable);
+        if (kHasNetwork) send_far_rows(args, tables, call, reachable, chunk);  // they take longest
         send_units(args, tables, call, reachable, chunk, unit_at(args, warp_index()), is_loaded, values, shared);
         if (is_last) return;
         chunk = chunk_at(args, chunk.first + chunk.count);

@@ -28,6 +28,7 @@ struct LowLatencyDispatchArgs {
     SlotArgs slot;
     uint64_t row_lane_bytes, cell_lane_bytes;
     uint64_t row_stride;
+    uint64_t staging;       // offset of this rank's rows that go through the network, [max_tokens] at that stride
     uint64_t x;             // bfloat16 [num_tokens, hidden]
     uint64_t topk_idx;      // int32 or int64 [num_tokens, num_topk]
     uint64_t send_info;     // int32 [num_tokens, num_topk, 2], out: expert, and row among those that this rank sends to it
@@ -57,6 +58,8 @@ struct LowLatencyDispatchArgs {
     __device__ uint64_t rows_of(int owner, int source) const {
         return slot.rows_at(comm, owner) + source * row_lane_bytes;
     }
+    __device__ uint64_t staged_row(int token) const { return comm.control[comm.rank] + staging + token * row_stride; }
+    // Cells, which a sender sets by set_word: those of its own lane, as if it were the owner.
     __device__ uint64_t* counts_of(int owner, int source) const {
         return slot.cells_at(comm, owner) + source * (cell_lane_bytes / sizeof(uint64_t));
     }
@@ -66,8 +69,12 @@ struct LowLatencyDispatchArgs {
     __device__ uint64_t* piece_of(int owner, int source, int message, int piece) const {
         return header_of(owner, source, max_tokens) + message * num_pieces + piece;
     }
+    // At this rank: the cell that tells of a piece.
+    __device__ const uint64_t* arrived_piece(int source, int message, int piece) const {
+        return piece_of(comm.rank, source, message, slot.is_far(source) ? 0 : piece);
+    }
 };
-static_assert(sizeof(LowLatencyDispatchArgs) == sizeof(Comm) + 88 + 15 * 8 + 3 * 8 + 10 * 4,
+static_assert(sizeof(LowLatencyDispatchArgs) == sizeof(Comm) + 88 + 16 * 8 + 3 * 8 + 10 * 4,
               "LowLatencyDispatchArgs differs from epcomm/kernels/low_latency_dispatch.py");
 
 struct Shared {

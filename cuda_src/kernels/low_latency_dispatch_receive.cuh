@@ -233,9 +233,9 @@ __device__ inline void receive(const LowLatencyDispatchArgs& args, const Call& c
             message = number - shared.first_message[source];
         }
         if (here == 0 && __any_sync(~0u, is_pending)) {
-            // ACQUIRE the pieces. Pairs with the release of send_units, there.
+            // ACQUIRE the pieces. Pairs with the release of send_units, or of send_far_rows, there.
             auto ready = [&] {
-                return is_filled(ptx::ld_acquire_sys(args.piece_of(comm.rank, source, message, piece)), call);
+                return is_filled(ptx::ld_acquire_sys(args.arrived_piece(source, message, piece)), call);
             };
             here = wait_for_some(comm, call, kPhaseDone, is_pending ? source : -1, ready);
             if (here == 0) return;

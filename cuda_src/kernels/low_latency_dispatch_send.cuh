@@ -101,8 +101,8 @@ __device__ inline void send_counts(const LowLatencyDispatchArgs& args, const Tab
 #pragma unroll 1
         for (int i = threadIdx.x; i <= num_local; i += kSenders) {
             const int row = i < num_local ? r * num_local + i : args.num_experts() + r;
-            ptx::st_relaxed_sys(&args.counts_of(r, comm.rank)[i],
-                                tagged(call.sequence, count_all(args, tables, row)));
+            set_word(comm, r, &args.counts_of(comm.rank, comm.rank)[i],
+                     tagged(call.sequence, count_all(args, tables, row)));
         }
     }
 }
@@ -120,9 +120,9 @@ __device__ inline void send_header(const LowLatencyDispatchArgs& args, const Tab
     if (owner >= 0 && (reachable >> owner & 1)) {
         sent.x = owner * args.num_local_experts + local;
         sent.y = count_before(args, tables, sent.x, token_of_chunk);
-        uint64_t* header = args.header_of(owner, comm.rank, number);
-        ptx::st_relaxed_sys(&header[1 + place], tagged(call.sequence, Choice(lane, local, sent.y).value()));
-        if (place == 0) ptx::st_relaxed_sys(header, tagged(call.sequence, Header(__popc(same), token).value()));
+        uint64_t* header = args.header_of(comm.rank, comm.rank, number);
+        set_word(comm, owner, &header[1 + place], tagged(call.sequence, Choice(lane, local, sent.y).value()));
+        if (place == 0) set_word(comm, owner, header, tagged(call.sequence, Header(__popc(same), token).value()));
     }
     if (lane < args.num_topk)
         pointer<int2>(args.send_info)[static_cast<int64_t>(token) * args.num_topk + lane] = sent;
@@ -221,26 +221,40 @@ __device__ inline void cast_rows(const LowLatencyDispatchArgs& args, uint64_t pl
     }
 }
 
-// All lanes: write a unit, of which `values` are loaded. Lane r gets the cell to release behind it at rank r, or null.
-__device__ inline uint64_t* write_unit(const LowLatencyDispatchArgs& args, const Tables& tables, const Call& call,
-                                       uint32_t reachable, int first_token, const Unit& unit, const Values& values) {
-    const Comm& comm = args.comm;
-    const int lane = lane_index();
-    const int chosen = lane < args.num_topk ? tables.chosen[unit.token * args.num_topk + lane] : -1;
-    const uint32_t owners = __reduce_or_sync(~0u, chosen >= 0 ? 1u << (chosen >> 16) : 0u) & reachable;
-    const bool is_owner = owners >> lane & 1;
-    const int message = is_owner ? count_before(args, tables, args.num_experts() + lane, unit.token) : 0;
-    if (unit.piece == 0)
-        send_header(args, tables, call, reachable, first_token + unit.token, unit.token, chosen, message);
-    const uint32_t offset = unit.piece * args.piece_bytes, num_bytes = args.bytes_of(unit.piece);
-    const uint64_t place = is_owner ? args.rows_of(lane, comm.rank) + message * args.row_stride + offset : 0;
+// All lanes: write a piece, cast if asked for, to the rows that lie where each lane says, 0: nowhere.
+__device__ inline void write_piece(const LowLatencyDispatchArgs& args, uint64_t row, uint32_t piece,
+                                   const Values& values) {
+    const uint32_t offset = piece * args.piece_bytes, num_bytes = args.bytes_of(piece);
+    const uint64_t place = row != 0 ? row + offset : 0;
     if constexpr (kIsFp8) {
         const uint32_t scale_bytes = args.scales == kExponents ? 1 : 4;
         cast_rows(args, place, args.hidden - offset + offset / kFp8Block * scale_bytes, num_bytes, values);
     } else {
         store_rows(place, num_bytes, values);
     }
-    return is_owner ? args.piece_of(lane, comm.rank, message, unit.piece) : nullptr;
+}
+
+// All lanes: the message that a token of the chunk is to each of its owners among `ranks`; lane r has the number of that to
+// rank r, or -1.
+__device__ inline int number_of_message(const LowLatencyDispatchArgs& args, const Tables& tables, uint32_t ranks,
+                                        int token, int chosen) {
+    const int lane = lane_index();
+    const uint32_t owners = __reduce_or_sync(~0u, chosen >= 0 ? 1u << (chosen >> 16) : 0u) & ranks;
+    return owners >> lane & 1 ? count_before(args, tables, args.num_experts() + lane, token) : -1;
+}
+
+// All lanes: write a unit, of which `values` are loaded. Lane r gets the cell to release behind it at rank r, or null.
+__device__ inline uint64_t* write_unit(const LowLatencyDispatchArgs& args, const Tables& tables, const Call& call,
+                                       uint32_t reachable, int first_token, const Unit& unit, const Values& values) {
+    const Comm& comm = args.comm;
+    const int lane = lane_index();
+    const int chosen = lane < args.num_topk ? tables.chosen[unit.token * args.num_topk + lane] : -1;
+    const int message = number_of_message(args, tables, reachable, unit.token, chosen);
+    if (unit.piece == 0)
+        send_header(args, tables, call, reachable, first_token + unit.token, unit.token, chosen, message);
+    const bool is_written = message >= 0 && !args.slot.is_far(lane);
+    write_piece(args, is_written ? args.rows_of(lane, comm.rank) + message * args.row_stride : 0, unit.piece, values);
+    return is_written ? args.piece_of(lane, comm.rank, message, unit.piece) : nullptr;
 }
 
 // All lanes: send units of the block until none is left; of the first one values may be loaded. A fence takes about as
@@ -271,6 +285,36 @@ __device__ inline void send_units(const LowLatencyDispatchArgs& args, const Tabl
         first = write_unit(args, tables, call, reachable, chunk.first, unit, values);
         ++num_written;
         unit = take_unit(args, shared);
+    }
+}
+
+// All senders: rows of the chunk for owners behind the network. A warp takes a whole row, and writes it once for all of them.
+// Code of its own, so that what goes to near owners stays short.
+__device__ __noinline__ void send_far_rows(const LowLatencyDispatchArgs& args, const Tables& tables, Call call,
+                                           uint32_t reachable, Chunk chunk) {
+    const Comm& comm = args.comm;
+    const int lane = lane_index();
+    Values values;
+#pragma unroll 1
+    for (int token = blockIdx.x + warp_index() * gridDim.x; token < chunk.count; token += gridDim.x * kServer) {
+        const int chosen = lane < args.num_topk ? tables.chosen[token * args.num_topk + lane] : -1;
+        const int message = number_of_message(args, tables, reachable & args.slot.far, token, chosen);
+        const uint64_t row = args.staged_row(chunk.first + token);
+        uint32_t rest = __ballot_sync(~0u, message >= 0);
+        if (rest == 0) continue;
+#pragma unroll 1
+        for (uint32_t piece = 0; piece < args.num_pieces; ++piece) {
+            load_piece(args, chunk.first + token, piece, values);
+            write_piece(args, lane == 0 ? row : 0, piece, values);
+        }
+        __syncwarp();
+#pragma unroll 1
+        for (; rest != 0; rest &= rest - 1) {
+            const int owner = __ffs(rest) - 1, number = __shfl_sync(~0u, message, owner);
+            // RELEASE the row, in one message. Pairs with the ACQUIRE in receive.
+            send_message(comm, owner, args.rows_of(comm.rank, comm.rank) + number * args.row_stride, row, args.row_stride,
+                         args.piece_of(comm.rank, comm.rank, number, 0), tagged(call.sequence, 0));
+        }
     }
 }
 

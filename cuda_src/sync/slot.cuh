@@ -5,6 +5,9 @@
 // cleaned. Counts and places travel in cells alone; rows have a cell each that is released behind them. So there is no
 // barrier, neither among the ranks nor among the blocks of one: whoever needs something waits for just that.
 //
+// To ranks behind the network go whole rows, each from memory of the sender that is free when the slot is, and the cell of
+// the first piece behind a row tells of all of it. All other words go there one by one.
+//
 // A rank acknowledges a slot at the start of its next low-latency kernel, whichever that is: then it has surely read
 // everything. Only then do its peers write there again. A slot belongs to one call at a time; which one that is, the host says, the
 // same on all ranks. Ranks that are masked get nothing but the word kLeftOut, and nobody waits for them.
@@ -26,13 +29,17 @@ struct SlotArgs {
     uint32_t is_rejected;  // this rank's input is bad
     uint32_t leaves_late;  // ranks that do not come in time are masked, and the others go on
     uint32_t digest;       // of `agreed`; its first and its last bit are 0
-    uint32_t unused;
+    uint32_t far;          // bit r: rank r is behind the network
     uint32_t agreed[kNumEntryAgreed];  // what must be equal on all ranks
 
     __device__ uint64_t rows_at(const Comm& comm, int rank) const { return comm.control[rank] + rows; }
     __device__ uint64_t* cells_at(const Comm& comm, int rank) const {
         return pointer<uint64_t>(comm.control[rank] + cells);
     }
+    // Whether whole rows of rank r are sent by NVSHMEM, and not pieces of them by stores.
+    __device__ bool is_far(int r) const { return kHasNetwork && (far >> r & 1); }
+    // The number of a far rank among those.
+    __device__ int far_index(int r) const { return __popc(far & ((1u << r) - 1)); }
     __device__ int index() const { return operation - kLowLatencyDispatch; }
     __device__ bool sends() const { return halves & kSend; }
     __device__ bool receives() const { return halves & kReceive; }
@@ -178,7 +185,8 @@ __device__ inline void greet(const Comm& comm, const Call& call, const SlotArgs&
                              Greeting greeting) {
     const int lane = lane_index();
     const bool is_masked = masked >> lane & 1;
-    const uint32_t word = greeting.is_rejected ? kRejected : is_masked ? kLeftOut : slot.digest | greeting.is_pulled;
+    const bool is_pulled = greeting.is_pulled && !slot.is_far(lane);
+    const uint32_t word = greeting.is_rejected ? kRejected : is_masked ? kLeftOut : slot.digest | is_pulled;
     // Pairs with await_words, there. Carries its own flag; where ranks may be left out it is released by greet_at_last.
     if (lane < comm.num_ranks)
         set_word(comm, lane, &comm.own().slot_ready[slot.index()][comm.rank], tagged(call.sequence, word));

@@ -43,7 +43,7 @@ def over_network(program: Program) -> Program:
 # Linked with NVSHMEM.
 NVSHMEM_PROGRAMS: tuple[Program, ...] = (
     network_probe.PROGRAM,
-    *map(over_network, (exchange.PROGRAM, barrier.PROGRAM, *INTERNODE_PROGRAMS)),
+    *map(over_network, (exchange.PROGRAM, barrier.PROGRAM, *INTERNODE_PROGRAMS, *LOW_LATENCY_PROGRAMS)),
 )
 
 

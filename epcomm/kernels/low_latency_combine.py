@@ -28,10 +28,10 @@ PROGRAMS = {
 ENTRY = "epcomm_low_latency_combine"
 DEPTH = 10  # columns of 16 bytes that a thread has on their way
 
-# slot; buffer[32]; x, topk_idx, topk_weights, send_info, layout_range, messages, num_messages, out, wait_stats;
-# row_bytes, wire_bytes, piece_bytes, num_pieces; is_pulled, num_tokens, num_topk, index_bytes, num_local_experts,
-# max_tokens; by_local, by_pieces
-FIELDS = struct.Struct(f"<{SLOT}{MAX_RANKS}Q9Q4I6i4I")
+# slot; buffer[32]; staging, staging_bytes; x, topk_idx, topk_weights, send_info, layout_range, messages, num_messages,
+# out, wait_stats; row_bytes, wire_bytes, piece_bytes, num_pieces; is_pulled, num_tokens, num_topk, index_bytes,
+# num_local_experts, max_tokens; by_local, by_pieces
+FIELDS = struct.Struct(f"<{SLOT}{MAX_RANKS}Q11Q4I6i4I")
 
 
 def shared_bytes(payload: int, num_experts: int) -> int:

@@ -28,10 +28,10 @@ ENTRY = "epcomm_low_latency_dispatch"
 EXACT, POWER_OF_TWO, EXPONENTS = 0, 1, 2  # scales
 MAX_SHARED_BYTES = 72 * 1024
 
-# slot; row_lane_bytes, cell_lane_bytes, row_stride; x, topk_idx, send_info; recv_x, recv_scales, recv_count, src_info,
-# layout_range, messages, num_messages; expert_stats, wait_stats; by_topk, by_local, by_pieces; scales, piece_bytes,
-# num_pieces, num_words; hidden, num_tokens, num_topk, index_bytes, num_local_experts, max_tokens
-FIELDS = struct.Struct(f"<{SLOT}15Q6I4I6i")
+# slot; row_lane_bytes, cell_lane_bytes, row_stride, staging; x, topk_idx, send_info; recv_x, recv_scales, recv_count,
+# src_info, layout_range, messages, num_messages; expert_stats, wait_stats; by_topk, by_local, by_pieces; scales,
+# piece_bytes, num_pieces, num_words; hidden, num_tokens, num_topk, index_bytes, num_local_experts, max_tokens
+FIELDS = struct.Struct(f"<{SLOT}16Q6I4I6i")
 
 
 def shared_bytes(num_local_experts: int, num_ranks: int, num_topk: int, words: int) -> int:

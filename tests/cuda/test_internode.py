@@ -269,11 +269,9 @@ def test_a_graph_with_other_rows_each_time(buffer_of, comm):
 
 
 @pytest.mark.ranks(4)
-def test_bytes_of_any_number(comm, num_ranks):
+def test_bytes_of_any_number(make_buffer, comm, num_ranks):
     """Rings begin where they may, whatever is in front of them."""
-    with Buffer(
-        comm, 65537, NETWORK_BYTES + 1, low_latency_mode=True, backend="cuda", ranks_per_node=2, timeout_s=TIMEOUT_S
-    ) as buffer:
+    with make_buffer(comm, 2, NETWORK_BYTES + 1, num_nvl_bytes=65537, low_latency_mode=True) as buffer:
         checks.round_trip(buffer, Case("tiny", hidden=8, tokens=(2, 1), num_topk=2).inputs(num_ranks))
         comm.barrier()
 
@@ -291,14 +289,13 @@ def test_a_forecast_that_was_too_low_on_one_rank(make_buffer, comm, num_ranks):
 
 
 @pytest.mark.ranks((4, 6))
-def test_low_latency_as_on_one_node(comm, num_ranks):
+def test_low_latency_as_on_one_node(make_buffer, comm, num_ranks):
     """Rows of all nodes lie in the same places, beside calls of the other mode."""
-    with Buffer(
-        comm, 64 << 20, NETWORK_BYTES, low_latency_mode=True, backend="cuda", ranks_per_node=2, timeout_s=TIMEOUT_S
-    ) as buffer:
-        for case in (*LOW_LATENCY_CASES[:3], *PRE_REDUCE_CASES[:1]):
+    with make_buffer(comm, 2, low_latency_mode=True) as buffer:
+        for case in (*LOW_LATENCY_CASES, *PRE_REDUCE_CASES):
             checks.low_latency_round_trip(buffer, case.inputs(num_ranks))
-            checks.round_trip(buffer, UNIFORM.inputs(num_ranks))
+        checks.round_trip(buffer, UNIFORM.inputs(num_ranks))
+        checks.low_latency_round_trip(buffer, LOW_LATENCY_CASES[0].inputs(num_ranks))
         comm.barrier()
 
 

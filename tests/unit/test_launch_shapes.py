@@ -136,8 +136,9 @@ def test_divisor(value):
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 8, 32])
 @pytest.mark.parametrize("num_bytes", [0, 1 << 20, 80 << 20])
-def test_low_latency_slots_do_not_overlap(num_bytes, num_ranks):
-    area = low_latency.Area(4096, num_bytes, num_ranks)
+@pytest.mark.parametrize("num_far", [0, 1, 7])
+def test_low_latency_slots_do_not_overlap(num_bytes, num_ranks, num_far):
+    area = low_latency.Area(4096, num_bytes, num_ranks, (1 << num_far) - 1)
     slots = [area.dispatch_slot(0), area.dispatch_slot(1), area.combine_slot(0), area.combine_slot(1)]
     end = 4096
     num_lanes = (num_ranks, num_ranks, config.COMBINE_LANES, config.COMBINE_LANES)
@@ -150,6 +151,13 @@ def test_low_latency_slots_do_not_overlap(num_bytes, num_ranks):
         assert slot.cells % 16 == 0
         end += lanes * area.cell_lane_bytes
     assert end <= 4096 + num_bytes
+    end = 4096 + num_bytes
+    for slot in range(config.NUM_LOW_LATENCY_SLOTS if num_far else 0):  # what goes through the network
+        assert area.dispatch_staging(slot) == end
+        assert area.combine_staging(slot)[0] == end + area.row_lane_bytes
+        assert area.combine_staging(slot)[1] == config.COMBINE_LANES * area.row_lane_bytes
+        end += (1 + num_far * config.COMBINE_LANES) * area.row_lane_bytes
+    assert area.end == end
 
 
 def test_a_row_that_is_larger_than_a_window():

@@ -163,7 +163,7 @@ STRUCTS = {
 
 SLOT = [
     *words("slot.rows slot.cells slot.operation slot.halves slot.is_rejected slot.leaves_late"),
-    *words("slot.digest slot.unused"),
+    *words("slot.digest slot.far"),
     *array("slot.agreed", layout.NUM_ENTRY_AGREED),
 ]
 STRUCTS |= {
@@ -173,7 +173,9 @@ STRUCTS |= {
         low_latency_dispatch.FIELDS,
         [
             *SLOT,
-            *words("row_lane_bytes cell_lane_bytes row_stride x topk_idx send_info recv_x recv_scales recv_count"),
+            *words(
+                "row_lane_bytes cell_lane_bytes row_stride staging x topk_idx send_info recv_x recv_scales recv_count"
+            ),
             *words("src_info layout_range messages num_messages expert_stats wait_stats"),
             *divisors("by_topk", "by_local", "by_pieces"),
             *words("scales piece_bytes num_pieces num_words hidden num_tokens"),
@@ -187,6 +189,7 @@ STRUCTS |= {
         [
             *SLOT,
             *array("buffer", layout.MAX_RANKS),
+            *words("staging staging_bytes"),
             *words("x topk_idx topk_weights send_info layout_range messages num_messages out wait_stats"),
             *words("row_bytes wire_bytes piece_bytes num_pieces"),
             *words("is_pulled num_tokens num_topk index_bytes num_local_experts max_tokens"),

@@ -18,12 +18,11 @@ from epcomm.backends.cuda.settings import Settings
 from epcomm.backends.cuda.slots import LowLatency, LowLatencyLauncher
 from epcomm.backends.cuda.streams import Streams
 from epcomm.bootstrap import Communicator, LocalCommunicator, Topology
-from epcomm.errors import BufferDestroyed, UnsupportedOption
+from epcomm.errors import BufferDestroyed
 from epcomm.jit import Program, current_device, device_architecture, load_cupy, share_cubins
 from epcomm.kernels import programs_of
 from epcomm.kernels.arguments import comm_bytes
 from epcomm.kernels.layout import UNIT
-from epcomm.kernels.low_latency import Area
 from epcomm.kernels.rings import Rings
 from epcomm.kernels.window import Window
 from epcomm.memory import BlockPool, CudaTimeline, LocalPool, close_or_park, sweep
@@ -54,10 +53,6 @@ class Job:
 
     def __init__(self, comm: Communicator, topology: Topology, settings: Settings) -> None:
         self._has_network = has_network(topology)
-        if self._has_network and settings.low_latency_mode:
-            raise UnsupportedOption(
-                "low_latency_mode", got="nodes behind a network", do="pass backend='host', or a node's communicator"
-            )
         self.cupy = cupy = load_cupy()
         self.runtime = cupy.cuda.runtime
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
@@ -109,7 +104,7 @@ class Job:
         self.launch = Launcher(cubins, architecture, self.device, has_nodes, self._has_network, self._scratch.ptr)
 
     def _share_memory(self, topology: Topology, cubins: Mapping[Program, bytes], settings: Settings) -> None:
-        timeout_s, timeout_ns = settings.timeout_s, int(settings.timeout_s * 1e9)
+        timeout_ns = int(settings.timeout_s * 1e9)
         self._regions = regions = Regions(self.comm, topology, settings, self.device, self._has_network)
         regions.register(self.launch.modules)
         self.rings: Rings | None = None
@@ -125,9 +120,9 @@ class Job:
         self.launch.set_comm(fixed)
         self.has_low_latency = settings.low_latency_mode
         if settings.low_latency_mode:
-            area = Area(regions.low_latency_offset, settings.num_low_latency_bytes, self.size)
-            kernels = LowLatencyLauncher(cubins, self.device, fixed)
-            self.low_latency = LowLatency(self.comm, self.device, area, kernels, settings.masks_on_timeout, timeout_s)
+            kernels = LowLatencyLauncher(cubins, self.device, self._has_network, fixed)
+            regions.register(kernels.modules)
+            self.low_latency = LowLatency(regions, self.rank, kernels, settings.masks_on_timeout)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class _DispatchPlan:
         self.blocks = job.placement.blocks(terms.num_sms)
         self.shared_bytes = kernel.shared_bytes(num_local, job.size, num_topk, words)
         self.before = (
-            *_agreed(low_latency_dispatch_values(terms)),
+            *_agreed(low_latency_dispatch_values(terms), area.far),
             area.row_lane_bytes,
             area.cell_lane_bytes,
             low_latency_row_stride(hidden, use_fp8),
@@ -120,6 +120,7 @@ def dispatch(job: Job, turn: CudaTurn, request: LowLatencyDispatchRequest) -> tu
         fields = (
             *low.slot_fields(low.dispatches, slot, halves),
             *plan.before,
+            low.area.dispatch_staging(slot),
             request.x.ptr,
             request.topk_idx.ptr,
             send_info.ptr,
@@ -157,6 +158,7 @@ class _CombinePlan:
         payload: what travels, see the kernel.
         blocks, send_blocks: of a launch, and of one that only sends.
         digest: of what ranks compare, but for the dispatch.
+        far: ranks that are behind the network, a bit each.
         agreed, unused: what they compare, but for that, and how many fields are left.
         after: fields of the kernel, behind the addresses.
     """
@@ -169,9 +171,9 @@ class _CombinePlan:
         is_pulled = terms.zero_copy and self.payload == combine_kernel.ROWS
         self.blocks = job.placement.blocks(terms.num_sms)
         # Whoever only says where its rows are does that in one block.
-        self.send_blocks = 1 if is_pulled else self.blocks
+        self.send_blocks = 1 if is_pulled and not job.low_latency.area.far else self.blocks
         self.shared_bytes = combine_kernel.shared_bytes(self.payload, terms.num_experts)
-        self.digest, _, *values = _agreed(low_latency_combine_values(terms))
+        self.digest, self.far, *values = _agreed(low_latency_combine_values(terms), job.low_latency.area.far)
         self.agreed, self.unused = (
             tuple(values[: len(LOW_LATENCY_COMBINE) - 1]),
             (0,) * (NUM_ENTRY_AGREED - len(LOW_LATENCY_COMBINE)),
@@ -205,11 +207,12 @@ def combine(job: Job, turn: CudaTurn, request: LowLatencyCombineRequest) -> Rece
         fields = (
             *low.slot_fields(low.combines, slot, halves),
             digest,
-            0,
+            plan.far,
             *plan.agreed,
             dispatch_id,
             *plan.unused,
             *buffers,
+            *low.area.combine_staging(slot),
             request.x.ptr,
             request.topk_idx.ptr,
             request.topk_weights.ptr,
@@ -274,7 +277,7 @@ def reject_dispatch(job: Job, turn: CudaTurn) -> None:
     low = job.low_latency
     slot = low.dispatches.next_slot()
     fields = low.slot_fields(low.dispatches, slot, SEND | RECEIVE, is_rejected=True)
-    low.launch.dispatch(turn.stream, False, 1, 0, (*fields, *_NOTHING, *(0,) * 31))
+    low.launch.dispatch(turn.stream, False, 1, 0, (*fields, *_NOTHING, *(0,) * 32))
     low.dispatches.pass_over(slot)
 
 
@@ -283,7 +286,7 @@ def reject_combine(job: Job, turn: CudaTurn) -> None:
     low = job.low_latency
     slot = low.combines.next_slot()
     fields = low.slot_fields(low.combines, slot, SEND | RECEIVE, is_rejected=True)
-    low.launch.combine(turn.stream, combine_kernel.ROWS, 1, 0, (*fields, *_NOTHING, *(0,) * (MAX_RANKS + 23)))
+    low.launch.combine(turn.stream, combine_kernel.ROWS, 1, 0, (*fields, *_NOTHING, *(0,) * (MAX_RANKS + 25)))
     low.combines.pass_over(slot)
 
 
@@ -293,10 +296,10 @@ def _payload(terms: LowLatencyCombineTerms) -> int:
     return combine_kernel.PARTIAL_SUMS if terms.pre_reduce else combine_kernel.ROWS
 
 
-def _agreed(values: tuple[int, ...]) -> tuple[int, ...]:
-    """What ranks compare: a digest, and the values, which they look at when the digests differ."""
+def _agreed(values: tuple[int, ...], far: int) -> tuple[int, ...]:
+    """What ranks compare: a digest, and the values, which they look at when the digests differ; between them `far`."""
     padded = (*values, *(0,) * (NUM_ENTRY_AGREED - len(values)))
-    return zlib.crc32(_VALUES.pack(*padded)) & _DIGEST_BITS, 0, *padded
+    return zlib.crc32(_VALUES.pack(*padded)) & _DIGEST_BITS, far, *padded
 
 
 def _check_dispatch(job: Job, terms: LowLatencyDispatchTerms) -> None:

@@ -10,6 +10,7 @@ from epcomm.backends.cuda.settings import Settings
 from epcomm.bootstrap import Communicator, Topology
 from epcomm.errors import DeviceError
 from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES, round_up
+from epcomm.kernels.low_latency import Area
 from epcomm.kernels.window import WINDOW_BYTES
 from epcomm.memory import SymmetricMemory
 from epcomm.memory.nvshmem import NvshmemGroup, nvshmem_group
@@ -34,7 +35,7 @@ class Regions:
         pes: every rank's number in NVSHMEM; empty without it.
         region_bytes: of the smallest region.
         arena_offset, arena_bytes: of the arena, in a region.
-        low_latency_offset: of the low-latency area, among words and messages.
+        low_latency: the low-latency area, among words and messages; empty without low-latency operations.
         rings_offset, rings_bytes: of the rings, likewise; no bytes on one node.
 
     Raises:
@@ -46,53 +47,73 @@ class Regions:
     def __init__(
         self, comm: Communicator, topology: Topology, settings: Settings, device: int, has_network: bool
     ) -> None:
+        self._comm, self._topology, self._device, self._timeout_s = comm, topology, device, settings.timeout_s
         has_nodes = topology.num_nodes > 1
-        self.arena_bytes = round_up(settings.num_arena_bytes, UNIT)
-        self.rings_bytes = round_up(settings.num_network_bytes, UNIT) if has_nodes else 0
-        low_latency_bytes = round_up(settings.num_low_latency_bytes, UNIT) if settings.low_latency_mode else 0
         window_bytes = 0 if has_nodes else WINDOW_BYTES
-        self._group: NvshmemGroup | None = None
-        if has_network:
-            self.arena_offset, self.low_latency_offset = window_bytes, WORKSPACE_BYTES
-        else:
-            self.arena_offset = WORKSPACE_BYTES + window_bytes
-            self.low_latency_offset = self.arena_offset + self.arena_bytes
-        self.rings_offset = self.low_latency_offset + low_latency_bytes
+        self.arena_bytes = round_up(settings.num_arena_bytes, UNIT)
+        self.arena_offset = window_bytes if has_network else WORKSPACE_BYTES + window_bytes
+        own_node = ((1 << topology.ranks_per_node) - 1) << topology.node * topology.ranks_per_node
+        self.low_latency = Area(
+            WORKSPACE_BYTES if has_network else self.arena_offset + self.arena_bytes,
+            settings.num_low_latency_bytes if settings.low_latency_mode else 0,
+            comm.size,
+            ((1 << comm.size) - 1) & ~own_node if has_network else 0,
+        )
+        self.rings_offset = self.low_latency.end
+        self.rings_bytes = round_up(settings.num_network_bytes, UNIT) if has_nodes else 0
         end = self.rings_offset + self.rings_bytes
+        self._group: NvshmemGroup | None = None
+        self._node = comm
+        self.pes: tuple[int, ...] = ()
         if not has_network:
-            self._memory = SymmetricMemory(comm, end, device, timeout_s=settings.timeout_s)
-            self.bases = self.control = self._memory.bases
-            self.pes: tuple[int, ...] = ()
+            self.bases, self._memory = self.share(end)
+            self.control = self.bases
         else:
             self._group = nvshmem_group(comm, device, end)
             self._heap_part = self._group.allocate(end)
             self.pes = self._group.pe_of_rank
-            self._map_node(comm, topology, settings, device)
+            self._node = comm.split(topology.node, comm.rank)
+            self.bases, self._memory = self.share(max(UNIT, self.arena_offset + self.arena_bytes))
+            self.control = self._words_of_node()
         self.region_bytes = min(self._memory.sizes)
 
-    def _map_node(self, comm: Communicator, topology: Topology, settings: Settings, device: int) -> None:
-        """Regions and words of the ranks of the own node."""
-        assert self._group is not None
-        first, count = topology.node * topology.ranks_per_node, topology.ranks_per_node
-        failure: Exception | None = None
-        self.bases, self.control = [0] * comm.size, [0] * comm.size
-        node = comm.split(topology.node, comm.rank)
+    def share(self, num_bytes: int) -> tuple[list[int], SymmetricMemory]:
+        """More memory that all ranks map, or all of a node: by rank its address, or 0; and what to close in the end.
+
+        Collective, blocks the host; raises as the constructor does.
+        """
+        if self._group is None:
+            memory = SymmetricMemory(self._comm, num_bytes, self._device, timeout_s=self._timeout_s)
+            return memory.bases, memory
+        bases, failure = [0] * self._comm.size, None
         try:
-            num_bytes = max(UNIT, self.arena_offset + self.arena_bytes)
-            self._memory = SymmetricMemory(node, num_bytes, device, timeout_s=settings.timeout_s)
-            self.bases[first : first + count] = self._memory.bases
-            for rank in range(first, first + count):
-                self.control[rank] = self._group.ptr(self._heap_part, self.pes[rank])
-                if self.control[rank] == 0:
-                    raise DeviceError(
-                        f"cuda:{device}",
-                        got=f"the memory of rank {rank}, which NVSHMEM does not reach by loads and stores",
-                        wanted="GPUs of a node that can address each other",
-                        do="look at `nvidia-smi topo -p2p rw`; unset NVSHMEM_DISABLE_P2P",
-                    )
+            memory = SymmetricMemory(self._node, num_bytes, self._device, timeout_s=self._timeout_s)
+            bases[self._ranks_of_node] = memory.bases
         except Exception as error:
             failure = error
-        agree(comm, failure, "device memory of the nodes", wanted="a region on every rank")
+        agree(self._comm, failure, "device memory of the nodes", wanted="memory on every rank")
+        return bases, memory
+
+    @property
+    def _ranks_of_node(self) -> slice:
+        first = self._topology.node * self._topology.ranks_per_node
+        return slice(first, first + self._topology.ranks_per_node)
+
+    def _words_of_node(self) -> list[int]:
+        """Addresses of the words and messages of the node's ranks."""
+        assert self._group is not None
+        addresses, failure = [0] * self._comm.size, None
+        for rank in range(self._comm.size)[self._ranks_of_node]:
+            addresses[rank] = self._group.ptr(self._heap_part, self.pes[rank])
+            if addresses[rank] == 0:
+                failure = DeviceError(
+                    f"cuda:{self._device}",
+                    got=f"the memory of rank {rank}, which NVSHMEM does not reach by loads and stores",
+                    wanted="GPUs of a node that can address each other",
+                    do="look at `nvidia-smi topo -p2p rw`; unset NVSHMEM_DISABLE_P2P",
+                )
+        agree(self._comm, failure, "words and messages of the nodes", wanted="memory of the node within reach")
+        return addresses
 
     def register(self, modules: list[int]) -> None:
         """Before the first launch of kernels in these modules that talk to other ranks."""
@@ -104,7 +125,7 @@ class Regions:
         """Give the memory back. Local; never waits. The caller knows that no kernel of this rank uses any of it.
 
         What peers still write to a part of the heap reaches nobody else: a part is given out again when all ranks have
-        given it back, and a rank that has no kernel under way has sent nothing that its peers have not seen.
+        given it back.
         """
         self._memory.close()
         if self._group is not None:

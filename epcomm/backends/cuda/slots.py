@@ -4,37 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from epcomm.bootstrap import Communicator
+from epcomm.backends.cuda.regions import Regions
 from epcomm.config import NUM_LOW_LATENCY_SLOTS
 from epcomm.errors import BufferStateError, InputError, RingFull
 from epcomm.jit import Kernel, Program
-from epcomm.kernels import low_latency_combine, low_latency_dispatch, low_latency_service
+from epcomm.kernels import low_latency_combine, low_latency_dispatch, low_latency_service, over_network
 from epcomm.kernels.arguments import Arguments
 from epcomm.kernels.layout import LOW_LATENCY_COMBINE, LOW_LATENCY_DISPATCH, MAX_RANKS
-from epcomm.kernels.low_latency import THREADS, Area, Slot
+from epcomm.kernels.low_latency import THREADS, Slot
 from epcomm.memory import SymmetricMemory
 
 __all__ = ["LowLatency", "LowLatencyLauncher", "Ring"]
 
 
 class LowLatencyLauncher:
-    """The low-latency kernels of one rank, and their launches; see `Launcher`."""
+    """The low-latency kernels of one rank, and their launches; see `Launcher`.
 
-    def __init__(self, cubins: Mapping[Program, bytes], device: int, fixed: bytes) -> None:
+    Attributes:
+        modules: those of the kernels.
+    """
+
+    def __init__(self, cubins: Mapping[Program, bytes], device: int, has_network: bool, fixed: bytes) -> None:
+        def kernel(program: Program, entry: str) -> Kernel:
+            return Kernel(cubins[over_network(program) if has_network else program], entry, device, overlaps=True)
+
         self._dispatch = {
-            use_fp8: Kernel(cubins[program], low_latency_dispatch.ENTRY, device, overlaps=True)
+            use_fp8: kernel(program, low_latency_dispatch.ENTRY)
             for use_fp8, program in low_latency_dispatch.PROGRAMS.items()
         }
         self._combine = {
-            payload: Kernel(cubins[program], low_latency_combine.ENTRY, device, overlaps=True)
+            payload: kernel(program, low_latency_combine.ENTRY)
             for payload, program in low_latency_combine.PROGRAMS.items()
         }
-        service = cubins[low_latency_service.PROGRAM]
-        self._service = Kernel(service, low_latency_service.ENTRY, device, overlaps=True)
-        for kernel in self._dispatch.values():
-            kernel.allow_shared(low_latency_dispatch.MAX_SHARED_BYTES)
-        for kernel in self._combine.values():
-            kernel.allow_shared(low_latency_combine.MAX_SHARED_BYTES)
+        self._service = kernel(low_latency_service.PROGRAM, low_latency_service.ENTRY)
+        self.modules = [one.module for one in (*self._dispatch.values(), *self._combine.values(), self._service)]
+        for dispatch in self._dispatch.values():
+            dispatch.allow_shared(low_latency_dispatch.MAX_SHARED_BYTES)
+        for combine in self._combine.values():
+            combine.allow_shared(low_latency_combine.MAX_SHARED_BYTES)
         self._dispatch_arguments = Arguments(fixed, low_latency_dispatch.FIELDS)
         self._combine_arguments = Arguments(fixed, low_latency_combine.FIELDS)
         self._service_arguments = Arguments(fixed, low_latency_service.FIELDS)
@@ -175,33 +182,27 @@ class LowLatency:
     """What low-latency operations of one rank have beside its `Job`.
 
     Args:
-        comm: the ranks.
-        device: CUDA device number.
-        area: the part of each rank's region that they use.
+        regions: the ranks' memory.
+        rank: this rank.
         launch: the kernels.
         masks_on_timeout: ranks that do not come in time are masked.
-        timeout_s: bound of the host's waits.
+
+    Attributes:
+        area: the part of each rank's memory that they use.
     """
 
-    def __init__(
-        self,
-        comm: Communicator,
-        device: int,
-        area: Area,
-        launch: LowLatencyLauncher,
-        masks_on_timeout: bool,
-        timeout_s: float,
-    ) -> None:
-        self.area, self.launch = area, launch
+    def __init__(self, regions: Regions, rank: int, launch: LowLatencyLauncher, masks_on_timeout: bool) -> None:
+        self.area, self.launch = regions.low_latency, launch
+        area = self.area
         slots = range(NUM_LOW_LATENCY_SLOTS)
         self.dispatches = Ring("low_latency_dispatch", LOW_LATENCY_DISPATCH, [*map(area.dispatch_slot, slots)])
         self.combines = Ring("low_latency_combine", LOW_LATENCY_COMBINE, [*map(area.combine_slot, slots)])
         self.pulls = Pulls()
-        self._comm, self._device, self._timeout_s = comm, device, timeout_s
+        self._regions, self._rank = regions, rank
         self.masks_on_timeout = masks_on_timeout
         self._buffers: list[SymmetricMemory] = []  # the last one is in use; graphs have the addresses of the others
         self._buffer_bytes = 0
-        # By slot and rank: address of the combine buffer, 0 if there is none. Calls keep the lists.
+        # By slot and rank: address of the combine buffer, 0 if there is none within reach. Calls keep the lists.
         self.combine_addresses = [[0] * MAX_RANKS for _ in slots]
 
     def slot_fields(self, ring: Ring, slot: int, halves: int, is_rejected: bool = False) -> tuple[int, ...]:
@@ -223,17 +224,17 @@ class LowLatency:
                     do="call it once for the largest handle before the capture",
                 )
             total = NUM_LOW_LATENCY_SLOTS * num_bytes
-            memory = SymmetricMemory(self._comm, total, self._device, timeout_s=self._timeout_s)
+            bases, memory = self._regions.share(total)
             self._buffers.append(memory)
             self._buffer_bytes = num_bytes
-            nobody = [0] * (MAX_RANKS - len(memory.bases))
+            nobody = [0] * (MAX_RANKS - len(bases))
             self.combine_addresses = [
-                [*[base + index * num_bytes for base in memory.bases], *nobody]
+                [*[base and base + index * num_bytes for base in bases], *nobody]
                 for index in range(NUM_LOW_LATENCY_SLOTS)
             ]
         if not self.pulls.are_over(slot, capture):
             self.launch.service(stream, operation=self.combines.operation + slot, leaves_late=self.masks_on_timeout)
-        return self.combine_addresses[slot][self._comm.rank]
+        return self.combine_addresses[slot][self._rank]
 
     def resume(self, stream: int, sequences: Sequence[int], ranks: Sequence[int]) -> None:
         """Forget all calls so far and the masks of `ranks`; the calls after `sequences`, by slot, are next.
