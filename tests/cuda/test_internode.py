@@ -23,8 +23,10 @@ from helpers.gpu import busy, need_gpu
 from helpers.nvrtc import needs_nvshmem
 
 from epcomm import Buffer
-from epcomm.errors import CapacityError, PeerError
+from epcomm.bootstrap import topology
+from epcomm.errors import CapacityError, PeerError, UnsupportedOption
 from epcomm.kernels.rings import words_bytes
+from epcomm.memory import nvshmem_start
 from epcomm.testing import assert_bitwise
 
 cupy = need_gpu()
@@ -297,6 +299,26 @@ def test_low_latency_as_on_one_node(make_buffer, comm, num_ranks):
         checks.round_trip(buffer, UNIFORM.inputs(num_ranks))
         checks.low_latency_round_trip(buffer, LOW_LATENCY_CASES[0].inputs(num_ranks))
         comm.barrier()
+
+
+@pytest.mark.ranks(4, isolated=True)
+@needs_nvshmem
+def test_ranks_of_two_hosts(comm, monkeypatch):
+    """Ranks that take themselves for ranks of two hosts are two nodes, and reach each other through NVSHMEM."""
+    monkeypatch.delenv("EPCOMM_TRANSPORT", raising=False)
+    monkeypatch.setenv("NVSHMEM_REMOTE_TRANSPORT", "none")  # a network that is there has no part in this
+    for module in (topology, nvshmem_start):
+        monkeypatch.setattr(module, "host_identity", lambda: f"host {comm.rank // 2}")
+    with Buffer(comm, 64 << 20, NETWORK_BYTES, low_latency_mode=True, timeout_s=TIMEOUT_S) as buffer:
+        assert (buffer.backend, buffer.topology.num_nodes, buffer.topology.ranks_per_node) == ("cuda", 2, 2)
+        checks.round_trip(buffer, UNIFORM.inputs(comm.size))
+        internode.every_row_crosses_once_for_each_node(buffer, UNIFORM.inputs(comm.size))
+        checks.low_latency_round_trip(buffer, LOW_LATENCY_CASES[2].inputs(comm.size))
+        comm.barrier()
+    with pytest.raises(
+        UnsupportedOption, match="ranks_per_node: got 4, with ranks 0 to 3 of one node on several hosts"
+    ):
+        Buffer(comm, 64 << 20, NETWORK_BYTES, backend="cuda", ranks_per_node=4)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

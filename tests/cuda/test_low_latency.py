@@ -14,6 +14,7 @@ from helpers.frames import CUPY, assign, down
 from helpers.gpu import busy, need_gpu
 from helpers.low_latency import BF16, BY_NAME, FP8, UE8M0
 from helpers.low_latency import make_cuda_buffer as make_buffer
+from helpers.nodes import nodes  # noqa: F401
 
 from epcomm import Buffer
 from epcomm.errors import BufferStateError, CapacityError, InputError, RoutingError

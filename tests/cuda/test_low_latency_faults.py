@@ -11,6 +11,7 @@ from helpers.frames import CUPY, assign, down
 from helpers.gpu import need_gpu
 from helpers.low_latency import BF16, BY_NAME, PRE_REDUCE, UE8M0
 from helpers.low_latency import make_cuda_buffer as make_buffer
+from helpers.nodes import nodes  # noqa: F401
 
 from epcomm.backends.cuda.turn import CudaTurn
 from epcomm.errors import HandleError, InputError, PeerError, PeerTimeout, RankMismatch, RoutingError

@@ -10,6 +10,7 @@ from helpers.frames import CUPY, assign, down
 from helpers.gpu import need_gpu
 from helpers.low_latency import BF16, FP8, LOGFMT, PRE_REDUCE, UE8M0
 from helpers.low_latency import make_cuda_buffer as make_buffer
+from helpers.nodes import nodes  # noqa: F401
 
 from epcomm.errors import InputError
 from epcomm.testing import assert_bitwise

@@ -8,6 +8,7 @@ from helpers.cases import LowLatencyCase
 from helpers.gpu import need_gpu
 from helpers.low_latency import BF16, COMBINES, LOGFMT, PRE_REDUCE, combine_cases, either_option
 from helpers.low_latency import make_cuda_buffer as make_buffer
+from helpers.nodes import nodes  # noqa: F401
 
 from epcomm.testing import uniform_routing
 
