@@ -54,8 +54,8 @@ class Messages(NamedTuple):
 def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int, is_staged: bool) -> Shape:
     """Stages for pieces from the ranks of a node and from the other nodes, at least `_PIECE_UNIT` bytes of each.
 
-    Warps gather and answer in about the proportion of the rows that they read and write, with eight choices a token
-    over all ranks.
+    Half of the warps gather, and half of them answer. If answers are copied once more, warps are in about the proportion of
+    the rows that they read and write, with eight choices a token over all ranks.
 
     Args:
         row_bytes: bytes of a row.
@@ -70,10 +70,12 @@ def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int, is_s
         fitting = memory // (_MAX_WARPS * combine.STAGES) - 2 * 8 - UNIT // _MAX_WARPS
         stage = min(max(least, fitting // 128 * 128), round_up(sources * row_bytes, 128))
     warps = num_warps(memory, 2 * combine.STAGES, combine.STAGES * stage, _MAX_WARPS) if memory else _MAX_WARPS
-    is_there, has_node = (1 - (1 - 1 / n) ** _CHOICES for n in (ranks_per_node * num_nodes, num_nodes))
-    near, far = ranks_per_node * is_there, (num_nodes - 1) * has_node
-    gathers, answers = near + far + 1, (num_nodes - 1) * (near + has_node) + (_STAGING if is_staged else 0)
-    gathering = max(1, min(warps - 1, round(warps * gathers / (gathers + answers))))
+    gathering = warps // 2
+    if is_staged:
+        is_there, has_node = (1 - (1 - 1 / n) ** _CHOICES for n in (ranks_per_node * num_nodes, num_nodes))
+        near, far = ranks_per_node * is_there, (num_nodes - 1) * has_node
+        gathers, answers = near + far + 1, (num_nodes - 1) * (near + has_node) + _STAGING
+        gathering = max(1, min(warps - 1, round(warps * gathers / (gathers + answers))))
     return Shape(stage, gathering, 32 * warps, pipe_bytes(warps, 2 * combine.STAGES, combine.STAGES * stage))
 
 
