@@ -36,7 +36,7 @@ struct InternodeCombineArgs {
     int32_t num_topk, num_worst_tokens;
     int32_t num_gathering;     // warps of a block; the others answer
 };
-static_assert(sizeof(InternodeCombineArgs) == sizeof(Comm) + 24 + 2 * 32 + 64 + 8 * 8 + 6 * 4,
+static_assert(sizeof(InternodeCombineArgs) == sizeof(Comm) + 24 + 2 * 24 + 64 + 8 * 8 + 6 * 4,
               "InternodeCombineArgs differs from epcomm/kernels/internode_combine.py");
 
 // Where the rows of a rank of the own node are.

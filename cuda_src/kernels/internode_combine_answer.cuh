@@ -39,7 +39,8 @@ __device__ inline bool answer(const InternodeCombineArgs& args, const Call& call
         if (num_rows < 0) return false;
         answer_unit(args, shared, pipe, node, unit, num_rows);
         // Who asks has room for the answer, so that none is ever waited for.
-        send(comm, call, nodes, args.answered, kAnswered, lane_index() == 0 ? node : -1, unit, num_rows);
+        send(comm, call, nodes, args.answered, kAnswered, lane_index() == 0 ? node : -1, unit, num_rows,
+             args.answered.outgoing(comm, nodes, node, unit));
         return true;
     });
 }

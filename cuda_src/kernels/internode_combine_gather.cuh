@@ -61,7 +61,8 @@ __device__ inline void ask(const InternodeCombineArgs& args, const Call& call, c
             pointer<int32_t>(question + place * args.asked.row_bytes)[lane - nodes.first_of(node)] = wanted.row;
         num_rows += wanted.has_node(args, to.node);
     }
-    send(comm, call, nodes, args.asked, kAsked, to.node, unit, num_rows);
+    const uint64_t asked = to.node >= 0 ? args.asked.outgoing(comm, nodes, to.node, unit) : 0;
+    send(comm, call, nodes, args.asked, kAsked, to.node, unit, num_rows, asked);
     if (to.node >= 0 && num_rows > 0) ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[1], num_rows);
 }
 

@@ -25,13 +25,11 @@ __device__ inline void hand_out(const InternodeDispatchArgs& args, const Shared&
     }
 }
 
-// One warp: the tokens of a unit, whose groups are free. Of a lane that stands for a node: its number of rows.
+// One warp: the tokens of a unit, whose groups are free; `group` is that for the node that a lane stands for. Its number of rows.
 __device__ inline int send_beside_unit(const InternodeDispatchArgs& args, const Shared& shared, const Destination& to,
-                                       uint32_t unit, int first, int end) {
-    const Comm& comm = args.comm;
+                                       uint64_t group, int first, int end) {
     const Nodes& nodes = args.nodes;
     const int lane = lane_index();
-    const uint64_t group = to.node >= 0 ? args.beside.outgoing(comm, nodes, to.node, unit) : 0;
     int num_sent = 0;
     for (int token = first; token < end; ++token) {
         const Wanted wanted(args, shared.extents, token);
@@ -72,8 +70,9 @@ __device__ inline bool send_beside(const InternodeDispatchArgs& args, const Call
     for (uint32_t unit = share.first(); unit < num_units; unit += share.step()) {
         if (!await_group(comm, call, args.nodes, ring, kBesideTaken, to.node, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
-        const int num_rows = send_beside_unit(args, shared, to, unit, first, end);
-        send(comm, call, args.nodes, ring, kBesideSent, to.node, unit, num_rows);
+        const uint64_t group = to.node >= 0 ? ring.outgoing(comm, args.nodes, to.node, unit) : 0;
+        const int num_rows = send_beside_unit(args, shared, to, group, first, end);
+        send(comm, call, args.nodes, ring, kBesideSent, to.node, unit, num_rows, group);
     }
     return await_taken(comm, call, args.nodes, ring, kBesideTaken, to.node, num_units, share);
 }

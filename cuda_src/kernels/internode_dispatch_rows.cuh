@@ -1,46 +1,72 @@
 // internode_dispatch_rows.cuh: the rows of an internode dispatch. Senders read each row once and write it to its final
 // place at the ranks of the own node, and to the ring of one rank of each other node that wants it; forwarders there write
-// it to its final places. The head of a message has, for each of its rows, the index within (source, local rank) at every
-// local rank, or -1: int32 [unit_tokens, ranks_per_node].
+// it to its final places. A row of a message:
+//
+//     [ int32 row at each local rank of the receiver, or -1 | the row itself ]
+//
+// In front of the network a row is written once for all nodes, with the rows at all ranks ahead of it, and a message is a part
+// of the unit: units there are so small that what a node wants of one lies together.
 #pragma once
 
 #include "kernels/internode_dispatch.cuh"
 
 namespace epcomm {
 
-// One warp: the tokens [first, end) of a unit, whose groups are free. Of a lane that stands for a node: its number of rows.
+inline constexpr uint32_t kMostStagedTokens = 2;  // of a unit: of three, a node may want the first and the last one
+
+// What a node gets of a unit; of a lane that stands for one.
+struct Sent {
+    int num_rows = 0;
+    uint64_t from = 0;  // in front of the network
+};
+
+// One warp: the tokens [first, end) of a unit, whose groups are free.
 template <typename Pipe>
-__device__ inline int send_unit(const InternodeDispatchArgs& args, const Shared& shared, Pipe& pipe,
-                                const Destination& to, uint32_t unit, int first, int end) {
+__device__ inline Sent send_unit(const InternodeDispatchArgs& args, const Shared& shared, Pipe& pipe,
+                                 const Destination& to, uint32_t unit, int first, int end) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
+    const Ring& ring = args.rows;
     const int lane = lane_index(), node = args.nodes.own, rank_node = nodes.node_of(min(lane, comm.num_ranks - 1));
-    auto head_at = [&](int receiver) { return args.rows.outgoing(comm, nodes, receiver, unit); };
-    const uint64_t group = to.node >= 0 ? head_at(to.node) + args.rows.head_bytes : 0;
+    const uint64_t staged = kHasNetwork ? ring.staged(comm, nodes, unit) : 0;
+    const uint64_t group = !kHasNetwork && to.node >= 0 ? ring.outgoing(comm, nodes, to.node, unit) : 0;
     // Of a lane below the number of ranks: where the rows of that rank's node are told.
     const bool is_far = lane < comm.num_ranks && rank_node != node;
-    const uint64_t head = is_far ? head_at(rank_node) : 0;
+    const uint64_t told = !kHasNetwork && is_far ? ring.outgoing(comm, nodes, rank_node, unit) : 0;
     const uint64_t rows = to.local >= 0 ? shared.places[args.nodes.first_local() + to.local].field[kRow] : 0;
-    int num_sent = 0, num_own = 0;
+    int num_staged = 0, num_own = 0;
+    Sent sent;
     auto source = [&](int token) {
         return pointer<const uint8_t>(args.x) + static_cast<uint64_t>(token) * args.pieces.row_bytes;
     };
     auto destination = [&](int token) -> uint64_t {
         const Wanted wanted(args, shared.extents, token);
         const int row = wanted.local_row(args, to);
-        const int slot = __shfl_sync(~0u, num_sent, is_far ? Destination::lane_of(args, rank_node) : 0);
-        if (is_far && wanted.has_node(args, rank_node))
-            pointer<int32_t>(head)[slot * nodes.ranks_per_node + lane - nodes.first_of(rank_node)] = wanted.row;
         num_own += wanted.has_node(args, node);
+        uint64_t far = 0;
+        if constexpr (kHasNetwork) {
+            const uint64_t slot = staged + static_cast<uint64_t>(num_staged) * ring.row_bytes;
+            const bool is_staged = (wanted.ranks & ~nodes.ranks_of(node)) != 0;
+            if (is_staged && lane < comm.num_ranks) pointer<int32_t>(slot)[lane] = wanted.row;
+            if (wanted.has_node(args, to.node) && sent.num_rows++ == 0) sent.from = slot;
+            num_staged += is_staged;
+            if (is_staged && lane == nodes.ranks_per_node) far = slot + args.row_offset;  // a lane that stands for a node
+        } else {
+            const int slot = __shfl_sync(~0u, sent.num_rows, is_far ? Destination::lane_of(args, rank_node) : 0);
+            if (is_far && wanted.has_node(args, rank_node))
+                pointer<int32_t>(told + static_cast<uint64_t>(slot) * ring.row_bytes)[lane - nodes.first_of(rank_node)] =
+                    wanted.row;
+            if (wanted.has_node(args, to.node))
+                far = group + static_cast<uint64_t>(sent.num_rows++) * ring.row_bytes + args.row_offset;
+        }
         if (to.local >= 0) return row < 0 ? 0 : rows + static_cast<uint64_t>(row) * args.pieces.row_bytes;
-        if (!wanted.has_node(args, to.node)) return 0;
-        return group + static_cast<uint64_t>(num_sent++) * args.rows.row_bytes;
+        return far;
     };
     move_rows(pipe, args.pieces, first, end, 1, source, destination);
     pipe.finish();
     if (lane == 0 && args.node_counts != 0 && num_own > 0)
         ptx::atom_add_relaxed_gpu(&pointer<uint32_t>(args.node_counts)[node], static_cast<uint32_t>(num_own));
-    return num_sent;
+    return sent;
 }
 
 template <typename Pipe>
@@ -53,9 +79,10 @@ __device__ inline bool send_rows(const InternodeDispatchArgs& args, const Call& 
     for (uint32_t unit = share.first(); unit < num_units; unit += share.step()) {
         if (!await_group(comm, call, args.nodes, ring, kRowsTaken, to.node, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
-        const int num_rows = send_unit(args, shared, pipe, to, unit, first, end);
-        send(comm, call, args.nodes, ring, kRowsSent, to.node, unit, num_rows);
-        if (to.node >= 0 && num_rows > 0) ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[0], num_rows);
+        const Sent sent = send_unit(args, shared, pipe, to, unit, first, end);
+        send(comm, call, args.nodes, ring, kRowsSent, to.node, unit, sent.num_rows, sent.from);
+        if (to.node >= 0 && sent.num_rows > 0)
+            ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[0], sent.num_rows);
     }
     return await_taken(comm, call, args.nodes, ring, kRowsTaken, to.node, num_units, share);
 }
@@ -75,12 +102,13 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
         if (num_rows < 0) return false;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
         auto source = [&](int i) {
-            return pointer<const uint8_t>(head + ring.head_bytes + static_cast<uint64_t>(i) * ring.row_bytes);
+            return pointer<const uint8_t>(head + static_cast<uint64_t>(i) * ring.row_bytes + args.row_offset);
         };
         auto destination = [&](int i) -> uint64_t {
             if (!is_local) return 0;
             // A peer's memory may hold anything; this rank does not write outside of the outputs.
-            const int row = pointer<const volatile int32_t>(head)[i * num_local + lane];
+            const uint64_t told = head + static_cast<uint64_t>(i) * ring.row_bytes;
+            const int row = pointer<const volatile int32_t>(told)[(kHasNetwork ? nodes.first_local() : 0) + lane];
             const bool is_there = row >= 0 && row < shared.extents.num_rows[rank];
             return is_there ? rows + static_cast<uint64_t>(row) * args.pieces.row_bytes : 0;
         };

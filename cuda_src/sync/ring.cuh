@@ -10,7 +10,7 @@
 // says that the receiver has it, or has answered it, says that this group is free, too: nobody waits for the network.
 //
 // The area of a rank: words [kNumWords][num_nodes][kMaxGroups], then the groups of all rings that end here, and behind each
-// ring, where there is a network, as many to send from; cut anew for each call. Nobody sends before it has heard that all
+// ring, where there is a network, those to send from, for each node or one for all of them; cut anew for each call. Nobody sends before it has heard that all
 // ranks are in the call, and nobody leaves before what it has sent was taken: groups and words are free between calls.
 #pragma once
 
@@ -57,16 +57,19 @@ struct Nodes {
 };
 static_assert(sizeof(Nodes) == 24);
 
-// A ring for each node of the rail. A group is a head, what is said of all its rows, and then the rows.
+// A ring for each node of the rail. A group has room for a row of each token of a unit.
 struct Ring {
     uint64_t offset;  // from the area's begin
-    uint32_t num_groups, group_bytes, head_bytes, row_bytes;
-    uint32_t unit_tokens, unused;
+    uint32_t num_groups, group_bytes, row_bytes, unit_tokens;
 
     // At `rank`: the group of a unit in the ring for the rank of `node` on its rail.
     __device__ uint64_t head(const Comm& comm, const Nodes& nodes, int rank, int node, uint32_t unit) const {
         const uint64_t group = static_cast<uint64_t>(node) * num_groups + unit % num_groups;
         return comm.control[rank] + nodes.area + offset + group * group_bytes;
+    }
+    // In front of the network: the group of this rank for a unit that goes to several nodes.
+    __device__ uint64_t staged(const Comm& comm, const Nodes& nodes, uint32_t unit) const {
+        return head(comm, nodes, comm.rank, nodes.num_nodes, unit);
     }
     // Where this rank writes a message for the rank of `node` on its rail: into the group there, or in front of the network.
     __device__ uint64_t outgoing(const Comm& comm, const Nodes& nodes, int node, uint32_t unit) const {
@@ -75,7 +78,7 @@ struct Ring {
     }
     __device__ uint32_t num_units(uint32_t num_tokens) const { return (num_tokens + unit_tokens - 1) / unit_tokens; }
 };
-static_assert(sizeof(Ring) == 32);
+static_assert(sizeof(Ring) == 24);
 
 // A word that is waited for, acquired if `is_there(word)`. Polls are relaxed, as an acquire empties the L1 cache of the SM; it
 // was not measured to matter.
@@ -124,9 +127,9 @@ __device__ inline bool await_group(const Comm& comm, const Call& call, const Nod
 }
 
 // One warp, when its stores to the groups of `unit` are complete: send them; a lane with a `node` says that it gets
-// `num_rows`.
+// `num_rows`, and where they begin in front of the network.
 __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring, RingWord sent,
-                            int node, uint32_t unit, uint32_t num_rows) {
+                            int node, uint32_t unit, uint32_t num_rows, uint64_t from) {
     __syncwarp();
     uint64_t* word = nodes.word(comm, comm.rank, sent, nodes.own, unit % ring.num_groups);
     for (uint32_t rest = kHasNetwork ? __ballot_sync(~0u, node >= 0 && num_rows > 0) : 0; rest != 0; rest &= rest - 1) {
@@ -134,7 +137,7 @@ __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nod
         const uint32_t count = __shfl_sync(~0u, num_rows, lane);
         // RELEASE the message. Pairs with the ACQUIRE of await_message, there.
         send_message(comm, nodes.on_rail(to), ring.head(comm, nodes, comm.rank, nodes.own, unit),
-                     ring.outgoing(comm, nodes, to, unit), ring.head_bytes + count * ring.row_bytes, word,
+                     __shfl_sync(~0u, from, lane), static_cast<uint64_t>(count) * ring.row_bytes, word,
                      sent_word(call, unit, count));
     }
     if (!kHasNetwork) ptx::fence_acq_rel_sys();

@@ -26,7 +26,7 @@ _UNIT_BYTES = 112 << 10  # of rows of an answer: each takes a fence and a questi
 WANTED_GROUPS = 512
 
 # area, ranks_per_node, num_nodes, own, local;
-# asked: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused; answered: likewise;
+# asked: offset, num_groups, group_bytes, row_bytes, unit_tokens; answered: likewise;
 # entry: rows, weights, num_tokens, unused, agreed[12];
 # x, x_weights, send_pos, rank_prefix, bias[2], out, out_weights;
 # row_bytes, stage_bytes, answer_weights, num_topk, num_worst_tokens, num_gathering
@@ -83,5 +83,5 @@ def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int, is_s
 def messages(row_bytes: int, num_topk: int, ranks_per_node: int, most_tokens: int = MAX_UNIT) -> Messages:
     """What travels of a unit of tokens; `num_topk`: 0 without weights."""
     tokens = max(1, min(most_tokens, _UNIT_BYTES // row_bytes))
-    asked = Message(tokens, 0, round_up(4 * ranks_per_node, 16))
-    return Messages(asked, Message(tokens, 0, round_up(row_bytes + 4 * num_topk, UNIT)), row_bytes)
+    asked = Message(tokens, round_up(4 * ranks_per_node, 16))
+    return Messages(asked, Message(tokens, round_up(row_bytes + 4 * num_topk, UNIT)), row_bytes)

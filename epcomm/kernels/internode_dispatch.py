@@ -12,7 +12,7 @@ from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT, round_up
 from epcomm.kernels.rings import MAX_UNIT, NODES, RING, Message
 from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
 
-__all__ = ["ENTRY", "FIELDS", "PROGRAM", "WANTED_GROUPS", "Beside", "Shape", "beside", "rows", "shape"]
+__all__ = ["ENTRY", "FIELDS", "PROGRAM", "WANTED_GROUPS", "Beside", "Rows", "Shape", "beside", "rows", "shape"]
 
 STAGES = 2
 PROGRAM = Program("kernels/internode_dispatch.cu", (("KERNEL_STAGES", str(STAGES)),))
@@ -25,17 +25,18 @@ _MAX_PIECE = 14336  # bytes
 # them.
 _MAX_STAGED_PIECE = 7168
 _SENDING = 0.6
+_MOST_STAGED_TOKENS = 2  # what a node wants of these lies together
 _UNIT_BYTES = 32 << 10  # of rows of a message: less is bound by latency, more comes late
 _BESIDE_TOKENS = 8
 WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
 
 # area, ranks_per_node, num_nodes, own, local;
-# rows: offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused; beside: likewise;
+# rows: offset, num_groups, group_bytes, row_bytes, unit_tokens; beside: likewise;
 # entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
 # x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
-# node_counts; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
-# num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders
-FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I10i")
+# node_counts; pieces[3], stage_bytes, row_offset; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
+# num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders, unused
+FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ5I11i")
 
 
 class Shape(NamedTuple):
@@ -46,6 +47,13 @@ class Shape(NamedTuple):
     forwarders: int  # and that forward them
     threads: int
     shared_bytes: int
+
+
+class Rows(NamedTuple):
+    """Where a row begins in one of a message, and the message."""
+
+    offset: int
+    message: Message
 
 
 class Beside(NamedTuple):
@@ -72,10 +80,13 @@ def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int, is_st
 
 
 @functools.lru_cache(maxsize=256)
-def rows(row_bytes: int, ranks_per_node: int, most_tokens: int = MAX_UNIT) -> Message:
-    """A message of rows, with an index for each of them and each local rank."""
-    tokens = max(1, min(most_tokens, _UNIT_BYTES // row_bytes))
-    return Message(tokens, round_up(4 * tokens * ranks_per_node, UNIT), round_up(row_bytes, UNIT))
+def rows(row_bytes: int, ranks_per_node: int, num_nodes: int, is_staged: bool, most_tokens: int = MAX_UNIT) -> Rows:
+    """A message of rows. Ahead of each is its place at every local rank of the receiver, or if it is staged, which it is
+    once for all nodes, at every rank.
+    """
+    tokens = max(1, min(most_tokens, _MOST_STAGED_TOKENS if is_staged else MAX_UNIT, _UNIT_BYTES // row_bytes))
+    offset = round_up(4 * ranks_per_node * (num_nodes if is_staged else 1), UNIT)
+    return Rows(offset, Message(tokens, offset + round_up(row_bytes, UNIT), is_common=True))
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,4 +96,4 @@ def beside(ranks_per_node: int, scales_bytes: int, topk_bytes: int, weights_byte
     for num_bytes in (4 * ranks_per_node, scales_bytes, topk_bytes, weights_bytes, 4):
         offsets.append(offset)
         offset += round_up(num_bytes, 8)
-    return Beside(tuple(offsets), Message(_BESIDE_TOKENS, 0, round_up(offset, 16)))  # type: ignore[arg-type]
+    return Beside(tuple(offsets), Message(_BESIDE_TOKENS, round_up(offset, 16)))  # type: ignore[arg-type]

@@ -17,19 +17,24 @@ _SOME_GROUPS = 16
 _LEAST_BYTES = 16 << 10  # a node: a group of the smallest rows
 
 NODES = struct.Struct("<Q4i")  # area, ranks_per_node, num_nodes, own, local
-RING = struct.Struct("<Q6I")  # offset, num_groups, group_bytes, head_bytes, row_bytes, unit_tokens, unused
+RING = struct.Struct("<Q4I")  # offset, num_groups, group_bytes, row_bytes, unit_tokens
 
 
 class Message(NamedTuple):
-    """What travels of a unit of tokens: a head for all, then a row of each, at multiples of `row_bytes`."""
+    """What travels of a unit of tokens: a row of each, at multiples of `row_bytes`.
+
+    Attributes:
+        unit_tokens, row_bytes: as above.
+        is_common: in front of a network there is one for all nodes.
+    """
 
     unit_tokens: int
-    head_bytes: int
     row_bytes: int
+    is_common: bool = False
 
     @property
     def group_bytes(self) -> int:
-        return round_up(self.head_bytes + self.unit_tokens * self.row_bytes, UNIT)
+        return round_up(self.unit_tokens * self.row_bytes, UNIT)
 
 
 class Ring(NamedTuple):
@@ -38,10 +43,8 @@ class Ring(NamedTuple):
     offset: int
     num_groups: int
     group_bytes: int
-    head_bytes: int
     row_bytes: int
     unit_tokens: int
-    unused: int = 0
 
 
 def words_bytes(num_nodes: int) -> int:
@@ -51,11 +54,7 @@ def words_bytes(num_nodes: int) -> int:
 
 def least_area_bytes(num_nodes: int, *, is_staged: bool) -> int:
     """Bytes of the smallest area; `is_staged` as for `Rings`."""
-    return round_up(words_bytes(num_nodes), UNIT) + _num_rings(num_nodes, is_staged) * _LEAST_BYTES
-
-
-def _num_rings(num_nodes: int, is_staged: bool) -> int:
-    return num_nodes * (2 if is_staged else 1)
+    return round_up(words_bytes(num_nodes), UNIT) + num_nodes * (2 if is_staged else 1) * _LEAST_BYTES
 
 
 class Rings:
@@ -65,7 +64,7 @@ class Rings:
         offset, num_bytes: of the area.
         rank: this rank.
         ranks_per_node, num_nodes: of the job.
-        is_staged: nodes are behind a network, and the area has a second ring for each, in which messages start.
+        is_staged: nodes are behind a network, and the area has rings in which messages start, too.
 
     Attributes:
         nodes: fields of the struct ``Nodes``.
@@ -81,7 +80,7 @@ class Rings:
         self.nodes = (offset, ranks_per_node, num_nodes, *divmod(rank, ranks_per_node))
         self.is_staged = is_staged
         self._words = round_up(words_bytes(num_nodes), UNIT)
-        self._num_bytes, self._num_nodes, self._num_rings = num_bytes, num_nodes, _num_rings(num_nodes, is_staged)
+        self._num_bytes, self._num_nodes = num_bytes, num_nodes
         least = least_area_bytes(num_nodes, is_staged=is_staged)
         if num_bytes < least:
             raise self._too_small(least, "of the smallest rows")
@@ -96,12 +95,16 @@ class Rings:
 
     def least_bytes(self, *messages: Message) -> int:
         """What the area takes with a single group for each message and node."""
-        return self._words + self._num_rings * sum(message.group_bytes for message in messages)
+        return self._words + sum(map(self._bytes_of_a_group, messages))
 
     def has_room(self, *messages: Message) -> bool:
         """Whether there is room for some groups of each, so that ranks do not wait for each other's every message."""
-        some = self._num_rings * _SOME_GROUPS * sum(message.group_bytes for message in messages)
-        return self._words + some <= self._num_bytes
+        return self._words + _SOME_GROUPS * sum(map(self._bytes_of_a_group, messages)) <= self._num_bytes
+
+    def _bytes_of_a_group(self, message: Message) -> int:
+        """In all rings of such messages."""
+        num_staging = 0 if not self.is_staged else 1 if message.is_common else self._num_nodes
+        return (self._num_nodes + num_staging) * message.group_bytes
 
     def cut(self, messages: tuple[Message, ...], wanted: tuple[int, ...]) -> tuple[Ring, ...]:
         """A ring for each message, behind one another.
@@ -117,15 +120,11 @@ class Rings:
         if self._num_bytes < least:
             raise self._too_small(least, "of such rows")
         # One group of each, and of what is left the same part of all that is wanted.
-        more = self._num_rings * sum(m.group_bytes * (most - 1) for m, most in zip(messages, wanted, strict=True))
+        more = sum(self._bytes_of_a_group(m) * (most - 1) for m, most in zip(messages, wanted, strict=True))
         room = self._num_bytes - least
         rings, offset = [], self._words
         for message, most in zip(messages, wanted, strict=True):
             num_groups = most if more <= room else 1 + (most - 1) * room // more
-            rings.append(
-                Ring(
-                    offset, num_groups, message.group_bytes, message.head_bytes, message.row_bytes, message.unit_tokens
-                )
-            )
-            offset += self._num_rings * num_groups * message.group_bytes
+            rings.append(Ring(offset, num_groups, message.group_bytes, message.row_bytes, message.unit_tokens))
+            offset += num_groups * self._bytes_of_a_group(message)
         return tuple(rings)

@@ -198,11 +198,11 @@ def test_internode_dispatch(per_node, num_nodes, memory, is_staged):
                 stages = internode_dispatch.STAGES * warps * (8 + shape.pieces.piece_bytes)
                 assert stages <= shape.shared_bytes < stages + 128
     for row_bytes in ROW_BYTES:
-        message = internode_dispatch.rows(row_bytes, per_node)
+        offset, message = internode_dispatch.rows(row_bytes, per_node, num_nodes, is_staged)
         assert 1 <= message.unit_tokens <= 32
-        assert message.head_bytes >= 4 * message.unit_tokens * per_node
-        assert message.row_bytes >= row_bytes
-        assert (message.head_bytes % UNIT, message.row_bytes % UNIT) == (0, 0)
+        assert offset >= 4 * per_node * (num_nodes if is_staged else 1)
+        assert message.row_bytes >= offset + row_bytes
+        assert (offset % UNIT, message.row_bytes % UNIT) == (0, 0)
 
 
 @pytest.mark.parametrize("is_staged", [False, True])
@@ -223,22 +223,23 @@ def test_internode_combine(per_node, num_nodes, memory, is_staged):
         assert messages.asked.row_bytes >= 4 * per_node
 
 
-@pytest.mark.parametrize(("is_staged", "num_rings"), [(False, 4), (True, 8)])
-def test_rings_share_what_there_is(is_staged, num_rings):
-    rows, beside = Message(2, 128, 14336), Message(8, 0, 352)
+@pytest.mark.parametrize(("is_staged", "is_common"), [(False, False), (True, False), (True, True)])
+def test_rings_share_what_there_is(is_staged, is_common):
+    rows, beside = Message(2, 14464, is_common), Message(8, 352)
+    num_rings, num_common = (8, 5 if is_common else 8) if is_staged else (4, 4)
     words = words_bytes(4)
     for num_bytes in (words + (num_rings << 15) + 20000, words + (1 << 20), 10 << 20, 1 << 30):
         rings = Rings(4096, num_bytes, 5, 2, 4, is_staged=is_staged)
         assert rings.nodes == (4096, 2, 4, 2, 1)
         first, second = rings.cut((rows, beside), (256, 128))
         assert first.offset >= words
-        assert second.offset == first.offset + num_rings * first.num_groups * first.group_bytes
+        assert second.offset == first.offset + num_common * first.num_groups * first.group_bytes
         assert second.offset + num_rings * second.num_groups * second.group_bytes <= num_bytes
         assert 1 <= first.num_groups <= 256
         assert 1 <= second.num_groups <= 128
     assert (first.num_groups, second.num_groups) == (256, 128)  # with room for all
     assert rings.has_room(rows, beside)
-    assert not Rings(4096, words + (num_rings << 16), 5, 2, 4, is_staged=is_staged).has_room(rows, beside)
+    assert not Rings(4096, words + (num_common << 16), 5, 2, 4, is_staged=is_staged).has_room(rows, beside)
     assert MAX_GROUPS >= internode_combine.WANTED_GROUPS
     with pytest.raises(CapacityError, match="num_rdma_bytes"):
         Rings(4096, words, 0, 2, 4, is_staged=is_staged)

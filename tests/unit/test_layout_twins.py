@@ -50,7 +50,7 @@ def pieces(name: str) -> list[str]:
 
 
 def ring(name: str) -> list[str]:
-    fields = words("offset num_groups group_bytes head_bytes row_bytes unit_tokens unused")
+    fields = words("offset num_groups group_bytes row_bytes unit_tokens")
     return [f"{name}.{field}" for field in fields]
 
 
@@ -142,8 +142,8 @@ STRUCTS = {
             *array("out", 5),
             "node_counts",
             *pieces("pieces"),
-            *words("stage_bytes num_scales scale_bytes num_topk index_bytes num_local_experts"),
-            *words("num_worst_tokens is_forced has_weights num_senders num_forwarders"),
+            *words("stage_bytes row_offset num_scales scale_bytes num_topk index_bytes num_local_experts"),
+            *words("num_worst_tokens is_forced has_weights num_senders num_forwarders unused"),
         ],
     ),
     "InternodeCombineArgs": (
