@@ -3,7 +3,8 @@
 ::
 
     routing.py       expected rows: how often a token meets a rank and a node
-    traffic.py       bytes and NIC operations of a rank, from the messages of the kernels
+    messages.py      bytes and NIC operations of a rank that moves given rows, by the messages of the kernels
+    traffic.py       those of a job, in expectation
     times.py         times on the links, and which of them decides
     buffers.py       num_nvl_bytes and num_rdma_bytes
     report.py        the tables, the JSON lines

@@ -26,7 +26,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epcomm.cli.plan.buffers import Buffers, buffers_of
-from epcomm.cli.plan.traffic import Job, Traffic, combine_traffic, dispatch_traffic
+from epcomm.cli.plan.messages import Traffic
+from epcomm.cli.plan.traffic import Job, combine_traffic, dispatch_traffic
 
 __all__ = ["Links", "Plan", "Prediction", "predict"]
 
