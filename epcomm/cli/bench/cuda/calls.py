@@ -180,7 +180,7 @@ class Calls:
 
         def operation(name: str, moved: int, passes: int, floor_row: int, links: LinkTraffic) -> Operation:
             floor = (num_tokens + passes * num_rows + 2 * far) * floor_row
-            waits = links is there  # for counts
+            waits = links is there  # for counts: there is no handle
             return Operation(name, waits, num_rows * moved, (num_rows - num_own) * moved, floor, links)
 
         there, cached, here = self.links.dispatch(), self.links.dispatch(has_handle=True), self.links.combine()
