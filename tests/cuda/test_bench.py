@@ -48,13 +48,32 @@ def test_everything_is_checked_and_measured(ranks, dtype, tmp_path):
 
 def test_nodes_are_checked_and_measured(tmp_path):
     file = tmp_path / "lines.json"
-    done = epcomm("bench", "--ranks=4", "--ranks-per-node=2", "--sms=4", f"--json={file}", *SMALL)
+    rates = ["--nic-gbs=50", "--nvlink-gbs=370"]
+    done = epcomm("bench", "--ranks=4", "--ranks-per-node=2", "--sms=4", f"--json={file}", *rates, *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 ranks on " in done.stdout
     assert "2 virtual nodes" in done.stdout
+    # The run compares what the kernels count with the routing, and ends if it differs.
+    assert "counted by the backend, and as sums that came back" in done.stdout
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(records) == 5
     assert {record["ranks_per_node"] for record in records} == {2}
+    for record in records[1:]:
+        assert record["network_row_bytes_per_rank"] > 0
+        assert record["link_floor_us"] == max(record["network_us"], record["nvlink_us"]) > 0
+
+
+def test_low_latency_between_nodes(tmp_path):
+    file = tmp_path / "lines.json"
+    sizes = ["--tokens=12", "--hidden=256", "--experts=16", "--topk=4", "--repeats=2", "--sms=2"]
+    done = epcomm("bench", "--mode=low-latency", "--ranks=2", "--ranks-per-node=1", f"--json={file}", *sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 virtual nodes" in done.stdout
+    for record in map(json.loads, file.read_text().splitlines()):
+        network = record["network_row_bytes_per_rank"] + record["network_other_bytes_per_rank"]
+        assert network == record["wire_bytes_per_rank"] > 0  # each rank is a node
+        assert record["nvlink_bytes_per_rank"] == 0
 
 
 @pytest.mark.parametrize(("ranks", "hidden", "num_rows"), [(1, 264, 6), (2, 512, 10)])

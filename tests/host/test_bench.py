@@ -62,6 +62,53 @@ def test_throughput_on_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
+def test_links_of_two_nodes(tmp_path):
+    """Each rank's counters are compared with the routing before anything is timed, else the status is 1."""
+    path = tmp_path / "bench.jsonl"
+    nodes = ["--ranks=4", "--ranks-per-node=2", "--nic-gbs=50", "--nvlink-gbs=370"]
+    command = [sys.executable, "-m", "epcomm", "bench", *nodes, *SMALL, f"--json={path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "counted by the backend, and as sums that came back" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+    records = {record["operation"]: record for record in map(json.loads, path.read_text().splitlines())}
+    choices = [uniform_routing(16, 8, 2, seed=20, first_token=16 * rank) // 4 for rank in range(4)]
+    crossing = [int((chosen != rank // 2).any(axis=1).sum()) for rank, chosen in enumerate(choices)]
+    for name in ("dispatch", "dispatch, cached", "combine", "combine, in place"):
+        assert records[name]["network_row_bytes_per_rank"] == sum(crossing) / 4 * 128 * 2
+        floor_us = max(
+            records[name]["network_bytes_of_busiest"] / 50e3, records[name]["nvlink_bytes_of_busiest"] / 370e3
+        )
+        assert records[name]["link_floor_us"] == pytest.approx(floor_us)
+        assert records[name]["ratio_to_link_floor"] == pytest.approx(records[name]["p50_us"] / floor_us)
+    direct = records["Alltoallv of combine"]["network_row_bytes_per_rank"]
+    assert direct >= records["combine"]["network_row_bytes_per_rank"]
+    assert "network_us" not in records["get_dispatch_layout"]
+
+
+WRONG_COUNTS = """\
+import sys
+from epcomm import Buffer
+from epcomm.cli import main
+stats, looks = Buffer.stats.fget, []
+def wrong(buffer):
+    looks.append(None)
+    return {**stats(buffer), "rows_from_other_nodes": stats(buffer)["rows_from_other_nodes"] + (len(looks) == 2)}
+Buffer.stats = property(wrong)
+sys.exit(main(["bench", "--ranks-per-node=1", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_wrong_counts_are_not_measured():
+    returncode, output = run_ranks(2, [sys.executable, "-c", WRONG_COUNTS, *SMALL], timeout_s=60, capture=True)
+    assert returncode == 1
+    wrong = "1 sums brought back from other nodes by stats, 0 by the routing; nothing was measured"
+    assert output.splitlines() == [f"epcomm bench: dispatch on rank {rank}: {wrong}" for rank in range(2)]
+
+
+@pytest.mark.slow
 def test_wrong_results_are_not_measured():
     command = [sys.executable, "-c", NOTHING_RIGHT, *SMALL]
     returncode, output = run_ranks(2, command, timeout_s=60, capture=True)

@@ -59,6 +59,8 @@ def make_case(**changes) -> cases.Case:
         (["--hidden", "6", "--dtype", "fp32"], "--hidden: got 6; wanted a multiple of 4 for fp32"),
         (["--hidden", "64", "--dtype", "fp8"], "--hidden: got 64; wanted a multiple of 128 for fp8"),
         (["--ranks-per-node", "3"], "--ranks-per-node: got 3; wanted a divisor of the 4 ranks"),
+        (["--nic-gbs", "0"], "--nic-gbs: got 0.0; wanted more than 0"),
+        (["--nvlink-gbs", "inf"], "--nvlink-gbs: got inf; wanted more than 0"),
         (["--mode", "low-latency", "--dtype", "fp32"], "--dtype: got fp32; wanted bf16"),
         (["--json", "no-such-folder/x"], "--json: got no-such-folder/x"),
     ],
@@ -133,11 +135,13 @@ def test_differences_are_named_on_all_ranks():
         found = {"a": "1", "b": "2" if comm.rank == 0 else "9"}
         return find_differences(comm, found, lambda: [{"a": "1", "b": "2"}, {"a": "1", "b": "2"}])
 
-    assert run_local(2, program) == [["b on rank 1"]] * 2
+    assert run_local(2, program) == [["b on rank 1 differs from epcomm.reference"]] * 2
 
 
 def test_a_result_that_is_missing_differs():
-    assert find_differences(SoloCommunicator(), {}, lambda: [{"a": "1"}]) == ["a on rank 0"]
+    assert find_differences(SoloCommunicator(), {}, lambda: [{"a": "1"}]) == [
+        "a on rank 0 differs from epcomm.reference"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,16 @@ import re
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
+from helpers.node_rows import count_rows
 
 from epcomm import cli, env
 from epcomm.cli import plan as command
 from epcomm.cli.plan.buffers import buffers_of
+from epcomm.cli.plan.messages import Messages
 from epcomm.cli.plan.routing import expected_rows, hit_probability
 from epcomm.cli.plan.times import Links, predict
-from epcomm.cli.plan.traffic import Job, combine_traffic, dispatch_traffic, messages_of
+from epcomm.cli.plan.traffic import Job, combine_traffic, dispatch_traffic
 from epcomm.errors import CapacityError, InputError
 from epcomm.kernels.rings import Rings
 from epcomm.testing import grouped_routing, uniform_routing
@@ -49,28 +50,6 @@ def test_hit_probability_of_many_experts_has_its_digits():
 def test_hit_probability_of_experts_that_there_are_not(numbers):
     with pytest.raises(InputError, match="wanted 0 to 4"):
         hit_probability(*numbers)
-
-
-def count_rows(topk_idx: np.ndarray, rank: int, num_nodes: int, gpus: int, num_experts: int) -> dict[str, np.ndarray]:
-    """By name of `Rows`: for each token of all ranks, the rows that it gives `rank` to send; an independent count."""
-    num_tokens, num_ranks = topk_idx.shape[1], num_nodes * gpus
-    node, local = divmod(rank, gpus)
-    is_there = np.zeros((num_ranks, num_tokens, num_ranks), bool)
-    for source, token, expert in np.ndindex(topk_idx.shape):
-        is_there[source, token, topk_idx[source, token, expert] // (num_experts // num_ranks)] = True
-    nodes = is_there.reshape(num_ranks, num_tokens, num_nodes, gpus).any(axis=3)
-    others = [other for other in range(num_nodes) if other != node]
-    neighbours = [node * gpus + other for other in range(gpus) if other != local]
-    rail = [other * gpus + local for other in others]
-    far = [receiver for receiver in range(num_ranks) if receiver // gpus != node]
-    return {
-        "crossing": nodes[rank][:, others].sum(axis=1),
-        "near": is_there[rank][:, neighbours].sum(axis=1),
-        "forwarded": is_there[rail][:, :, neighbours].sum(axis=2).ravel(),
-        "own": is_there[[rank, *rail]][:, :, rank].ravel(),
-        "received": is_there[:, :, rank].ravel(),
-        "for_each_rank": is_there[rank][:, far].sum(axis=1),
-    }
 
 
 SHAPES = {
@@ -209,13 +188,14 @@ def test_bytes_of_all_experts_on_two_nodes():
     assert dispatch.nvlink_bytes == 2 * 16 * (2048 + beside)
     assert combine.nvlink_bytes == 2 * 16 * 2048
     # One message of 16 rows: where they go, a line of 128 bytes. Two of 8 of what is beside: 2 places, 8 indices and
-    # weights, the source. A word for each of them there, and one back.
-    counts = 2 * 8 * (4 + 16 + 2 + 2)
-    assert dispatch.other_bytes == 128 + 16 * (8 + 64 + 32 + 8) + 2 * 8 * 3 + counts
-    assert dispatch.nic_operations == 3 * (1 + 2) + 3 * 2
+    # weights, the source. A word for each of them there, and one back. To both ranks counts, with a word, and four
+    # words as the call begins.
+    counts = 2 * (8 * (32 + 16 + 2 + 2) + 8)
+    assert dispatch.other_bytes == 128 + 16 * (8 + 64 + 32 + 8) + 2 * 8 * 3 + counts + 2 * 4 * 8
+    assert dispatch.nic_operations == 3 * (1 + 2) + 2 * 2 + 2 * 4
     # A question and an answer, of one message each: 2 places a token, in 16 bytes.
-    assert combine.other_bytes == 16 * 16 + 2 * 8
-    assert combine.nic_operations == 3 + 16 + 2 * 2
+    assert combine.other_bytes == 16 * 16 + 2 * 8 + 2 * 4 * 8
+    assert combine.nic_operations == 2 + 2 + 2 * 4
 
 
 def test_one_node_has_nvlink_bytes_alone():
@@ -228,14 +208,14 @@ def test_one_node_has_nvlink_bytes_alone():
 def test_fp8_halves_the_rows_of_dispatch_and_brings_scales():
     bf16, fp8 = make_job(), make_job(dtype="fp8")
     assert dispatch_traffic(fp8).row_bytes == dispatch_traffic(bf16).row_bytes / 2
-    assert fp8.beside_bytes - bf16.beside_bytes == 4 * 56
+    assert fp8.sizes.beside_bytes - bf16.sizes.beside_bytes == 4 * 56
     assert combine_traffic(fp8) == combine_traffic(bf16)
 
 
 def test_messages_that_are_empty_have_words_too():
     """Sparse routing: fewer rows than words."""
     job = make_job(256, tokens=64)
-    traffic, num_units = dispatch_traffic(job), 64 // messages_of(job).rows.unit_tokens
+    traffic, num_units = dispatch_traffic(job), 64 // Messages(job.sizes).rows.unit_tokens
     assert job.rows.crossing < 2 * num_units * 255 < traffic.nic_operations
 
 
@@ -244,11 +224,11 @@ def test_filled_messages_are_those_that_are_counted():
     job = make_job(4, 2, tokens=1001, hidden=4096, topk=2, wanted_experts=64)
     nodes = uniform_routing(job.tokens, job.experts, job.topk, seed=3) // (job.experts // job.num_nodes)
     num_sent, words = 0, 0
-    for message in (messages_of(job).rows, messages_of(job).beside):
+    for message in Messages(job.sizes).of_dispatch:
         for first in range(0, job.tokens, message.unit_tokens):
             num_sent += len(set(nodes[first : first + message.unit_tokens].ravel().tolist()) - {0})
             words += 2 * 3
-    expected = dispatch_traffic(job).nic_operations - words - 3 * 6
+    expected = dispatch_traffic(job).nic_operations - words - (2 + 4) * 6
     assert num_sent == pytest.approx(expected, rel=0.05)
 
 
@@ -257,8 +237,8 @@ def test_filled_messages_are_those_that_are_counted():
 
 @pytest.mark.parametrize("job", [make_job(), make_job(2, 1, 7, 128, 2, 8, "fp8"), make_job(32), make_job(64, hidden=8)])
 def test_the_least_network_memory_is_the_least(job):
-    sent, least = messages_of(job), buffers_of(job).rdma_least
-    both = ((sent.rows, sent.beside), (sent.asked, sent.answered))
+    sent, least = Messages(job.sizes), buffers_of(job).rdma_least
+    both = (sent.of_dispatch, (sent.asked, sent.answered))
 
     def cut_all(num_bytes: int) -> None:
         for messages in both:
@@ -271,9 +251,9 @@ def test_the_least_network_memory_is_the_least(job):
 
 def test_more_than_most_gives_no_more_groups():
     job = make_job()
-    sent, most = messages_of(job), buffers_of(job).rdma_most
+    sent, most = Messages(job.sizes), buffers_of(job).rdma_most
     rings = Rings(0, most, 0, job.gpus, job.num_nodes, is_staged=True)
-    assert [ring.num_groups for ring in rings.cut((sent.rows, sent.beside), (256, 128))] == [256, 128]
+    assert [ring.num_groups for ring in rings.cut(sent.of_dispatch, (256, 128))] == [256, 128]
     assert [ring.num_groups for ring in rings.cut((sent.asked, sent.answered), (512, 512))] == [512, 512]
 
 

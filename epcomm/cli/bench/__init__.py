@@ -6,7 +6,9 @@
     measure.py       comparison with the reference; interleaved timing
     throughput.py    beside a bare Alltoallv of the same bytes
     low_latency.py
+    links.py         which links the rows cross, counted from the routing
     report.py        the table, the JSON lines
+    links_report.py  bytes between and within nodes, floors of link rates
     suite.py         tests and tables of all sizes, in one report
     cuda/            both modes on GPUs
 """
@@ -59,7 +61,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32", "fp8"), help="rows of the throughput mode (default: bf16)"
     )
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="make virtual nodes of N ranks")
+    parser.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="make virtual nodes of N ranks; for several nodes the bytes between and within them are told apart",
+    )
+    for name, link in (("--nic-gbs", "NIC"), ("--nvlink-gbs", "NVLinks")):
+        text = f"of the {link} of one GPU, each way, as in epcomm plan; floors of these links are told"
+        parser.add_argument(name, type=float, metavar="GB/S", help=text)
     parser.add_argument(
         "--routing", choices=("uniform", "zipf", "grouped"), default="uniform", help="(default: uniform)"
     )
@@ -87,6 +97,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
     from epcomm.cli.bench.case import Case
+    from epcomm.cli.plan import check_rates
 
     backend = job.backend_here(args.backend)
     tokens, hidden, experts = (
@@ -100,8 +111,7 @@ def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
     channels = {"fp8": 128, "fp32": 4}.get(dtype, 8)
     if hidden < 1 or hidden % channels:
         raise InputError("--hidden", got=hidden, wanted=f"a multiple of {channels} for {dtype}")
-    if args.ranks_per_node is not None and backend == "cuda" and args.mode == "low-latency":
-        raise InputError("--ranks-per-node", got=args.ranks_per_node, wanted="none: it is the same on any nodes")
+    check_rates(args, "nic_gbs", "nvlink_gbs")
     if args.json is not None:
         job.check_output_file("--json", args.json)
     return Case(
@@ -118,6 +128,8 @@ def _prepare(args: argparse.Namespace, num_ranks: int) -> Case:
         repeats=args.repeats,
         json=args.json,
         sms=_parse_sms(args.sms, backend),
+        nic_gbs=args.nic_gbs,
+        nvlink_gbs=args.nvlink_gbs,
     )
 
 
@@ -149,6 +161,9 @@ def _parse_sms(text: str | None, backend: str) -> tuple[int, ...]:
 
 
 def _program(comm: Communicator, case: Case) -> int:
+    from epcomm.bootstrap import discover
+
+    case = case.on_nodes(discover(comm, case.ranks_per_node))
     if case.backend == "cuda":
         from epcomm.cli.bench import cuda
 
@@ -160,7 +175,7 @@ def _program(comm: Communicator, case: Case) -> int:
     result = (run_throughput if case.mode == "throughput" else run_low_latency)(comm, case)
     if comm.rank == 0:
         for difference in result.differences:
-            print(f"epcomm bench: {difference} differs from epcomm.reference; nothing was measured", file=sys.stderr)
+            print(f"epcomm bench: {difference}; nothing was measured", file=sys.stderr)
         if not result.differences:
             print(report.to_text(case, result), flush=True)
             if case.json is not None:

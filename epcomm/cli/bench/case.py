@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from epcomm.bootstrap import Communicator, Topology
 from epcomm.numerics import BFLOAT16, FP8_BLOCK, FP8_E4M3
 from epcomm.testing import grouped_routing, per_token_cast_to_fp8, token_data, uniform_routing, zipf_routing
 
-__all__ = ["DTYPES", "ROUTINGS", "Case", "Inputs", "expert_rows", "make_inputs", "make_routing"]
+__all__ = [
+    "DTYPES",
+    "ROUTINGS",
+    "Case",
+    "Inputs",
+    "expert_rows",
+    "gather_marks",
+    "make_inputs",
+    "make_routing",
+    "marks_of",
+]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": BFLOAT16,
@@ -29,7 +40,9 @@ _EXPERT_ROWS_SEED = 1000  # plus the rank: the rows of two ranks for one token d
 class Case:
     """All parameters of a run; `tokens` are those of one rank, `experts` those of all ranks.
 
-    `sms` are numbers of SMs to measure with in turn, on CUDA; empty for the Buffer's own.
+    `sms` are numbers of SMs to measure with in turn, on CUDA; empty for the Buffer's own. `nic_gbs` and `nvlink_gbs`
+    are rates of the links of one GPU, each way, in 1e9 bytes a second, for floors; None: there are none.
+    `ranks_per_node` is what was asked for until `on_nodes` says what was found.
     """
 
     mode: str
@@ -45,10 +58,17 @@ class Case:
     repeats: int
     json: str | None
     sms: tuple[int, ...] = ()
+    nic_gbs: float | None = None
+    nvlink_gbs: float | None = None
+    hosts: int = 1
+
+    def on_nodes(self, topology: Topology) -> Case:
+        """With the nodes and hosts of the job."""
+        return replace(self, ranks_per_node=topology.ranks_per_node, hosts=len(set(topology.hosts)))
 
     @property
     def num_nodes(self) -> int:
-        """Virtual ones; ranks of several hosts are not counted."""
+        """Hosts, or virtual nodes."""
         return self.ranks // (self.ranks_per_node or self.ranks)
 
     @property
@@ -93,6 +113,18 @@ def make_routing(case: Case, rank: int) -> tuple[NDArray[np.int64], NDArray[np.f
     first = rank * case.tokens
     weights = token_data(case.tokens, case.topk, np.float32, seed=_SEED + 1, first_token=first)
     return _routing(case, first), np.abs(weights)
+
+
+def marks_of(case: Case, topk_idx: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool ``[..., R]``: the ranks that own an expert among those of a token, ``[..., K]``."""
+    owners = topk_idx // (case.experts // case.ranks)
+    marks: NDArray[np.bool_] = (owners[..., None] == np.arange(case.ranks)).any(axis=-2)
+    return marks
+
+
+def gather_marks(comm: Communicator, case: Case) -> NDArray[np.bool_]:
+    """``[R, T, R]``, by source rank, token and destination. Every rank makes its own part. Collective."""
+    return np.stack(comm.allgather(marks_of(case, make_routing(case, comm.rank)[0])))
 
 
 def _routing(case: Case, first: int) -> NDArray[np.int64]:

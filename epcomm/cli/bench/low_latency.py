@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from epcomm import reference
 from epcomm.bootstrap import Communicator
 from epcomm.buffer import Buffer
 from epcomm.cli.bench.case import Case, expert_rows, make_inputs
+from epcomm.cli.bench.links import direct
 from epcomm.cli.bench.measure import Operation, Run, digest, find_differences, measure
 from epcomm.handle import LowLatencyDispatchResult
 from epcomm.numerics import FP8_BLOCK
@@ -78,29 +80,36 @@ def run_low_latency(comm: Communicator, case: Case) -> Run:
     ) as buffer:
         calls = _Calls(buffer, case)
         differences = find_differences(comm, calls.digests(), lambda: _reference_digests(case))
-        own = calls.inputs.topk_idx // (case.experts // case.ranks) == comm.rank
-        copies = comm.allgather((own.size, int(own.size - own.sum())))
-        operations = [] if differences else _operations(calls, case, *np.sum(copies, axis=0).tolist())
+        owners = calls.inputs.topk_idx // (case.experts // case.ranks)
+        copies = np.stack(comm.allgather(np.bincount(owners.reshape(-1), minlength=case.ranks)))
+        operations = [] if differences else _operations(calls, case, copies, buffer.topology.ranks_per_node)
         return Run(buffer.topology, buffer.backend, differences, measure(operations, comm, case.repeats))
 
 
-def _operations(calls: _Calls, case: Case, num_copies: int, num_sent: int) -> list[Operation]:
-    """Args: copies of rows for all experts, and those of them for experts of other ranks."""
+def _operations(calls: _Calls, case: Case, copies: NDArray[np.int64], ranks_per_node: int) -> list[Operation]:
+    """Args: copies of rows, from tokens of rank i for experts of rank j."""
     bf16 = 2 * case.hidden
     fp8 = case.hidden + case.scale_bytes
+    num_copies, num_sent = int(copies.sum()), int(copies.sum() - copies.trace())
 
     def size(row_bytes: int) -> tuple[int, int]:
         return num_copies * row_bytes, num_sent * row_bytes
 
+    there, there_fp8 = (
+        direct(copies, ranks_per_node, bf16),
+        direct(copies, ranks_per_node, case.hidden, case.scale_bytes),
+    )
+    back = direct(copies.T, ranks_per_node, bf16)
     operations = [
-        Operation("dispatch, bf16", lambda: calls.dispatch(use_fp8=False), *size(bf16)),
-        Operation("dispatch, fp8", lambda: calls.dispatch(use_fp8=True), *size(fp8)),
-        Operation("combine", calls.combine, *size(bf16)),
-        Operation("combine, zero copy", calls.combine_in_place, *size(bf16), before=calls.write_in_place),
-        Operation("dispatch bf16 + combine", lambda: calls.pair(use_fp8=False), *size(bf16 + bf16)),
-        Operation("dispatch fp8 + combine", lambda: calls.pair(use_fp8=True), *size(fp8 + bf16)),
+        (Operation("dispatch, bf16", lambda: calls.dispatch(use_fp8=False), *size(bf16)), there),
+        (Operation("dispatch, fp8", lambda: calls.dispatch(use_fp8=True), *size(fp8)), there_fp8),
+        (Operation("combine", calls.combine, *size(bf16)), back),
+        (Operation("combine, zero copy", calls.combine_in_place, *size(bf16), before=calls.write_in_place), back),
+        (Operation("dispatch bf16 + combine", lambda: calls.pair(use_fp8=False), *size(bf16 + bf16)), there + back),
+        (Operation("dispatch fp8 + combine", lambda: calls.pair(use_fp8=True), *size(fp8 + bf16)), there_fp8 + back),
     ]
-    return [operation for operation in operations if _has_fp8(case) or "fp8" not in operation.name]
+    found = [replace(operation, links=moved) for operation, moved in operations]
+    return [operation for operation in found if _has_fp8(case) or "fp8" not in operation.name]
 
 
 def _reference_digests(case: Case) -> list[dict[str, str]]:

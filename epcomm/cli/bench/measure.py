@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from epcomm.bootstrap import Communicator, Topology
+from epcomm.cli.bench.links import Crossing, LinkTraffic
 from epcomm.testing import bench
 
 __all__ = ["Measured", "Operation", "Run", "digest", "find_differences", "measure"]
@@ -28,6 +29,7 @@ class Operation:
         wire_bytes: those of them that come from other ranks.
         baseline: name of the operation that it is compared with.
         before: called before each measured call; its time does not count.
+        links: what it moves between ranks; None: nothing.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Operation:
     wire_bytes: int
     baseline: str | None = None
     before: Callable[[], object] | None = None
+    links: LinkTraffic | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,16 @@ class Run:
     Attributes:
         topology: of the job.
         backend: the backend that ran it.
-        differences: results that differ from the reference; if there are any, nothing was measured.
+        differences: what is wrong with results and counts; if there is anything, nothing was measured.
         measured: the operations, in the order of the table.
+        crossing: rows between nodes; None in low-latency mode.
     """
 
     topology: Topology
     backend: str
     differences: Sequence[str]
     measured: Sequence[Measured]
+    crossing: Crossing | None = None
 
 
 def measure(operations: Sequence[Operation], comm: Communicator, repeats: int) -> list[Measured]:
@@ -111,5 +116,6 @@ def find_differences(
     if comm.rank == 0:
         for rank, (theirs, wanted) in enumerate(zip(everyone, reference(), strict=True)):
             names = sorted(theirs.keys() | wanted.keys())
-            differences += [f"{name} on rank {rank}" for name in names if theirs.get(name) != wanted.get(name)]
+            wrong = [name for name in names if theirs.get(name) != wanted.get(name)]
+            differences += [f"{name} on rank {rank} differs from epcomm.reference" for name in wrong]
     return list(comm.bcast(differences))

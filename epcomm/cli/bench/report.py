@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from epcomm.cli.bench.case import Case
+from epcomm.cli.bench.links_report import LinkRow, fields, is_told, notes, rows_to_nodes, table
 from epcomm.cli.bench.measure import Measured, Run
 from epcomm.cli.bench.throughput import PAIR
 
@@ -56,6 +57,8 @@ def to_text(case: Case, run: Run) -> str:
     lines = [*_header(case, run), "", *_table(run.measured, case.ranks), ""]
     lines += [f"  {line}" for line in _BYTES[case.mode]]
     lines += ["  wire: those of them from other ranks. GB/s: bytes of a rank / p50.", ""]
+    if is_told(case):
+        lines += [*_links(case, run), ""]
     ratio = _ratios(run.measured).get(PAIR)
     if ratio is not None:
         lines += [f"  {line}" for line in _ALLTOALLV]
@@ -93,6 +96,7 @@ def to_json_lines(case: Case, run: Run) -> list[str]:
             "logical_gb_per_s": logical / result.p50_s / 1e9,
             "wire_gb_per_s": wire / result.p50_s / 1e9,
             "ratio_to_alltoallv": ratios.get(operation.name),
+            **fields(case, result.p50_s, operation.links),
         }
         lines.append(json.dumps({**record, **parameters}))
     return lines
@@ -132,6 +136,19 @@ def _table(measured: Sequence[Measured], num_ranks: int) -> Iterator[str]:
         if operation.name in ratios:
             line += f"{ratios[operation.name]:7.2f}"
         yield line
+
+
+def _links(case: Case, run: Run) -> Iterator[str]:
+    found = [(result.operation, result.p50_s) for result in run.measured]
+    rows = [
+        LinkRow(operation.name, p50_s, operation.links) for operation, p50_s in found if operation.links is not None
+    ]
+    yield from table(case, rows, "between ranks")
+    yield ""
+    yield from notes(case, "p50")
+    if case.num_nodes > 1 and run.crossing is not None:
+        yield ""
+        yield from rows_to_nodes(case, run.crossing)
 
 
 def _ratios(measured: Sequence[Measured]) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from epcomm import reference
 from epcomm.bootstrap import Communicator
 from epcomm.buffer import Buffer
-from epcomm.cli.bench.case import Case, Inputs, expert_rows, make_inputs
+from epcomm.cli.bench.case import Case, Inputs, expert_rows, gather_marks, make_inputs
+from epcomm.cli.bench.links import CaseLinks, RoutedRows, count_differences, crossings, direct
 from epcomm.cli.bench.measure import Operation, Run, digest, find_differences, measure
 from epcomm.errors import MpiMissing
 from epcomm.handle import DispatchHandle, DispatchResult
@@ -19,6 +21,7 @@ from epcomm.handle import DispatchHandle, DispatchResult
 __all__ = ["PAIR", "run_throughput"]
 
 PAIR = "dispatch + combine"
+_Result = TypeVar("_Result")
 
 _MPI_DISPATCH, _MPI_COMBINE, _MPI_PAIR = "Alltoallv of dispatch", "Alltoallv of combine", "Alltoallv, both"
 
@@ -54,7 +57,8 @@ class _Calls:
         self._buffer, self._case = buffer, case
         self.inputs = make_inputs(case, buffer.rank)
         self._layout = buffer.get_dispatch_layout(self.inputs.topk_idx, case.experts)
-        self._dispatched = self.dispatch()
+        self._counts: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
+        self._dispatched: DispatchResult = self._counted("dispatch", self.dispatch)
         self.handle: DispatchHandle = self._dispatched.handle
         shape = (self.handle.num_rows, case.hidden)
         self._y = expert_rows(case, buffer.rank, shape)
@@ -96,6 +100,8 @@ class _Calls:
     def digests(self) -> dict[str, str]:
         """Of one result of each kind."""
         first = self._dispatched
+        cached = self._counted("dispatch, cached", self.cached_dispatch)
+        combined = self._counted("combine", self.combine)
         self.write_in_place()
         return {
             "dispatch": digest(
@@ -104,10 +110,24 @@ class _Calls:
                 first.recv_topk_weights,
                 np.array(first.num_recv_tokens_per_expert_list, np.int64),
             ),
-            "dispatch, cached": digest(*_payload(self.cached_dispatch().recv_x)),
-            "combine": digest(self.combine()),
-            "combine, in place": digest(self.combine_in_place()),
+            "dispatch, cached": digest(*_payload(cached.recv_x)),
+            "combine": digest(combined),
+            "combine, in place": digest(self._counted("combine, in place", self.combine_in_place)),
         }
+
+    def _counted(self, name: str, call: Callable[[], _Result]) -> _Result:
+        before = crossings(self._buffer)
+        result = call()
+        self._counts.append((name, before, crossings(self._buffer)))
+        return result
+
+    def count_differences(self, crossing: int) -> list[str]:
+        """What is wrong with the rows between nodes that these calls have counted, of which there are `crossing`."""
+        return [
+            f"{name} on rank {self._buffer.rank}: {text}"
+            for name, before, after in self._counts
+            for text in count_differences(name, before, after, crossing)
+        ]
 
 
 def run_throughput(comm: Communicator, case: Case) -> Run:
@@ -124,13 +144,18 @@ def run_throughput(comm: Communicator, case: Case) -> Run:
         calls = _Calls(buffer, case)
         per_node = buffer.topology.ranks_per_node
         differences = find_differences(comm, calls.digests(), lambda: _reference_digests(case, per_node))
-        rows: NDArray[np.int64] = np.diff(calls.handle.rank_prefix_matrix, axis=0, prepend=0).astype(np.int64)
-        operations = [] if differences else _operations(calls, case, rows, comm.rank)
-        return Run(buffer.topology, buffer.backend, differences, measure(operations, comm, case.repeats))
+        links = CaseLinks(case, RoutedRows(gather_marks(comm, case), per_node))
+        own = calls.count_differences(links.crossing.by_rank[comm.rank])
+        differences += [text for texts in comm.allgather(own) for text in texts]
+        operations = [] if differences else _operations(calls, case, links, comm.rank)
+        measured = measure(operations, comm, case.repeats)
+        return Run(buffer.topology, buffer.backend, differences, measured, links.crossing)
 
 
-def _operations(calls: _Calls, case: Case, rows: NDArray[np.int64], rank: int) -> list[Operation]:
-    row_bytes = case.hidden * calls.inputs.x.itemsize + (case.scale_bytes if calls.inputs.scales is not None else 0)
+def _operations(calls: _Calls, case: Case, links: CaseLinks, rank: int) -> list[Operation]:
+    rows, per_node = links.routed.rows, links.routed.ranks_per_node
+    row_alone = case.hidden * calls.inputs.x.itemsize
+    row_bytes = row_alone + (case.scale_bytes if calls.inputs.scales is not None else 0)
     sent, back = row_bytes + case.topk * (8 + 4), case.hidden * case.combine_dtype.itemsize
     mpi_dispatch, mpi_combine = Alltoallv(rows, sent, rank), Alltoallv(rows.T, back, rank)
 
@@ -143,17 +168,25 @@ def _operations(calls: _Calls, case: Case, rows: NDArray[np.int64], rank: int) -
     def size(row_bytes: int) -> tuple[int, int]:
         return num_rows * row_bytes, (num_rows - num_own) * row_bytes
 
-    return [
-        Operation("get_dispatch_layout", calls.layout, 0, 0),
-        Operation(_MPI_DISPATCH, mpi_dispatch, *size(sent)),
-        Operation("dispatch", calls.dispatch, *size(sent), _MPI_DISPATCH),
-        Operation("dispatch, cached", calls.cached_dispatch, *size(row_bytes), _MPI_DISPATCH),
-        Operation(_MPI_COMBINE, mpi_combine, *size(back)),
-        Operation("combine", calls.combine, *size(back), _MPI_COMBINE),
-        Operation("combine, in place", calls.combine_in_place, *size(back), _MPI_COMBINE, before=calls.write_in_place),
-        Operation(_MPI_PAIR, mpi_pair, *size(sent + back)),
-        Operation(PAIR, calls.pair, *size(sent + back), _MPI_PAIR),
+    there, here = direct(rows, per_node, row_alone, sent - row_alone), direct(rows.T, per_node, back)
+    dispatch, cached, combine = links.dispatch(), links.dispatch(has_handle=True), links.combine()
+    operations = [
+        (Operation("get_dispatch_layout", calls.layout, 0, 0), None),
+        (Operation(_MPI_DISPATCH, mpi_dispatch, *size(sent)), there),
+        (Operation("dispatch", calls.dispatch, *size(sent), _MPI_DISPATCH), dispatch),
+        (Operation("dispatch, cached", calls.cached_dispatch, *size(row_bytes), _MPI_DISPATCH), cached),
+        (Operation(_MPI_COMBINE, mpi_combine, *size(back)), here),
+        (Operation("combine", calls.combine, *size(back), _MPI_COMBINE), combine),
+        (
+            Operation(
+                "combine, in place", calls.combine_in_place, *size(back), _MPI_COMBINE, before=calls.write_in_place
+            ),
+            combine,
+        ),
+        (Operation(_MPI_PAIR, mpi_pair, *size(sent + back)), there + here),
+        (Operation(PAIR, calls.pair, *size(sent + back), _MPI_PAIR), dispatch + combine),
     ]
+    return [replace(operation, links=moved) for operation, moved in operations]
 
 
 def _reference_digests(case: Case, ranks_per_node: int) -> list[dict[str, str]]:

@@ -3,7 +3,8 @@
 ::
 
     routing.py       expected rows: how often a token meets a rank and a node
-    traffic.py       bytes and NIC operations of a rank, from the messages of the kernels
+    messages.py      bytes and NIC operations of a rank that moves given rows, by the messages of the kernels
+    traffic.py       those of a job, in expectation
     times.py         times on the links, and which of them decides
     buffers.py       num_nvl_bytes and num_rdma_bytes
     report.py        the tables, the JSON lines
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from epcomm.cli.plan.times import Links
     from epcomm.cli.plan.traffic import Job
 
-__all__ = ["DEFAULT_NODES", "add_parser", "main"]
+__all__ = ["DEFAULT_NODES", "add_parser", "check_rates", "main"]
 
 DEFAULT_NODES = (2, 4, 8, 16, 32, 64, 128, 256)
 _MAX_NODES = 4096  # beyond that it is a slip of the hand
@@ -137,13 +138,18 @@ def _node_counts(text: str | None) -> tuple[int, ...]:
     return counts
 
 
+def check_rates(args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError unless those of these options that are given can be rates."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')}", got=value, wanted="more than 0")
+
+
 def _links(args: argparse.Namespace) -> Links:
     from epcomm.cli.plan.times import Links
 
-    for name in ("nic_gbs", "nvlink_gbs", "nic_mops"):
-        value = getattr(args, name)
-        if not 0 < value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')}", got=value, wanted="more than 0")
+    check_rates(args, "nic_gbs", "nvlink_gbs", "nic_mops")
     for name in ("nic_us", "nvlink_us"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from epcomm.cli.plan.traffic import Job, messages_of
+from epcomm.cli.plan.messages import Messages
+from epcomm.cli.plan.traffic import Job
 from epcomm.config import Config, combine_config, dispatch_config
 from epcomm.kernels import internode_combine, internode_dispatch
 from epcomm.kernels.rings import Message, Ring, Rings, least_area_bytes, words_bytes
@@ -49,16 +50,17 @@ class Buffers(NamedTuple):
 
 def buffers_of(job: Job) -> Buffers:
     """Sizes for `job`, with the `Config` that its number of ranks has by default."""
-    num_sms, row_bytes = Config().num_sms, max(job.dispatch_row_bytes, job.combine_row_bytes)
+    sizes, num_sms = job.sizes, Config().num_sms
+    row_bytes = max(sizes.dispatch_row_bytes, sizes.combine_row_bytes)
     configs = dispatch_config(job.num_ranks, num_sms), combine_config(job.num_ranks, num_sms)
     nvl = max(config.get_nvl_buffer_size_hint(row_bytes, job.num_ranks) for config in configs)
-    expected = job.rows.received * (job.dispatch_row_bytes + job.beside_bytes)
+    expected = job.rows.received * (sizes.dispatch_row_bytes + sizes.beside_bytes)
     if job.num_nodes == 1:
         return Buffers(nvl, expected, 0, 0, 0, 0, 0, 0.0, 0.0)
     hint = max(config.get_rdma_buffer_size_hint(row_bytes, job.num_ranks) for config in configs)
-    sent = messages_of(job)
+    sent = Messages(sizes)
     calls = (
-        ((sent.rows, sent.beside), internode_dispatch.WANTED_GROUPS),
+        (sent.of_dispatch, internode_dispatch.WANTED_GROUPS),
         ((sent.asked, sent.answered), (internode_combine.WANTED_GROUPS,) * 2),
     )
     smallest = least_area_bytes(job.num_nodes, is_staged=True)

@@ -26,9 +26,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epcomm.cli.plan.buffers import Buffers, buffers_of
-from epcomm.cli.plan.traffic import Job, Traffic, combine_traffic, dispatch_traffic
+from epcomm.cli.plan.messages import Traffic
+from epcomm.cli.plan.traffic import Job, combine_traffic, dispatch_traffic
 
-__all__ = ["Links", "Plan", "Prediction", "predict"]
+__all__ = ["Links", "Plan", "Prediction", "link_s", "predict"]
 
 _HOPS = 4
 
@@ -87,6 +88,11 @@ class Plan:
     combine: Prediction
 
 
+def link_s(num_bytes: float, gbs: float) -> float:
+    """Seconds that a link of `gbs`, 1e9 bytes a second, takes for them."""
+    return num_bytes / (gbs * 1e9)
+
+
 def predict(job: Job, links: Links) -> Plan:
     """Times and sizes of `job`."""
     buffers = buffers_of(job)
@@ -97,10 +103,10 @@ def predict(job: Job, links: Links) -> Plan:
 
     def prediction(operation: str, traffic: Traffic, turns: float) -> Prediction:
         bounds = {
-            "network": traffic.network_bytes / (links.nic_gbs * 1e9),
+            "network": link_s(traffic.network_bytes, links.nic_gbs),
             "NIC ops": traffic.nic_operations / (links.nic_mops * 1e6),
             "rings": turns * round_trip_s,
-            "NVLink": traffic.nvlink_bytes / (links.nvlink_gbs * 1e9),
+            "NVLink": link_s(traffic.nvlink_bytes, links.nvlink_gbs),
         }
         latency = 0.0 if job.num_ranks == 1 else (_HOPS * hop + forward) * 1e-6
         return Prediction(operation, traffic, bounds, latency)

@@ -13,6 +13,7 @@ from epcomm.buffer import Buffer
 from epcomm.cli.bench.case import DTYPES, Case
 from epcomm.cli.bench.cuda import checks
 from epcomm.cli.bench.cuda.data import make_bits
+from epcomm.cli.bench.links import CaseLinks, LinkTraffic, RoutedRows, count_differences, crossings
 from epcomm.cli.bits import as_bits, as_rows
 from epcomm.config import Config
 from epcomm.handle import DispatchResult, LayoutResult
@@ -32,6 +33,7 @@ class Operation:
         logical_bytes: delivered, from a rank's own memory included.
         wire_bytes: those of them from other ranks.
         floor_bytes: what the least that does the work reads and writes, see `Calls.operations`.
+        links: what it moves between ranks; None: nothing.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Operation:
     logical_bytes: int
     wire_bytes: int
     floor_bytes: int
+    links: LinkTraffic | None = None
 
 
 class Calls:
@@ -55,6 +58,7 @@ class Calls:
     def __init__(self, xp: Any, buffer: Buffer, outside: Buffer | None, case: Case, routing: checks.Routing) -> None:
         self._xp, self._buffer, self._outside, self._case, self._routing = xp, buffer, outside, case, routing
         self._rank = buffer.rank
+        self.links = CaseLinks(case, RoutedRows(routing.is_token_in_rank, case.ranks_per_node or case.ranks))
         self._download: Callable[[Any], Any] = getattr(xp, "asnumpy", np.asarray)
         self._topk_idx = xp.asarray(routing.topk_idx[self._rank])
         self._topk_weights = xp.asarray(routing.topk_weights[self._rank])
@@ -144,11 +148,19 @@ class Calls:
             combines.append(("combine, by window", self.combine_by_window))
         for name, call in dispatches:
             self._renew()
+            before = crossings(self._buffer)
             texts = checks.check_dispatch(self._xp, self._download, case, routing, rank, self._seed, call())
-            found += [f"{name}: {text}" for text in texts]
+            found += [f"{name}: {text}" for text in (*texts, *self._count_differences(name, before))]
         for name, combine in combines:
-            found += [f"{name}: {text}" for text in checks.check_combine(self._xp, case, routing, rank, combine())]
+            before = crossings(self._buffer)
+            texts = checks.check_combine(self._xp, case, routing, rank, combine())
+            found += [f"{name}: {text}" for text in (*texts, *self._count_differences(name, before))]
         return found
+
+    def _count_differences(self, name: str, before: tuple[int, int]) -> Iterator[str]:
+        """What is wrong with the rows between nodes that the kernels of the call since `before` have counted."""
+        self._download(self._topk_idx[:1])  # behind the call in its stream: what it has counted is there
+        return count_differences(name, before, crossings(self._buffer), self.links.crossing.by_rank[self._rank])
 
     # -- what to measure ------------------------------------------------------------------------------------------
 
@@ -164,19 +176,21 @@ class Calls:
         row = case.hidden * DTYPES[case.dtype].itemsize + (case.scale_bytes if case.dtype == "fp8" else 0)
         back = case.hidden * case.combine_dtype.itemsize
         whole = row + case.topk * _TOPK_BYTES
-        far = self._routing.rows_to_other_nodes(case.ranks_per_node or case.ranks)
+        far = sum(self.links.crossing.by_rank)
 
-        def operation(name: str, moved: int, crossings: int, floor_row: int, *, waits: bool = False) -> Operation:
-            floor = (num_tokens + crossings * num_rows + 2 * far) * floor_row
-            return Operation(name, waits, num_rows * moved, (num_rows - num_own) * moved, floor)
+        def operation(name: str, moved: int, passes: int, floor_row: int, links: LinkTraffic) -> Operation:
+            floor = (num_tokens + passes * num_rows + 2 * far) * floor_row
+            waits = links is there  # for counts: there is no handle
+            return Operation(name, waits, num_rows * moved, (num_rows - num_own) * moved, floor, links)
 
+        there, cached, here = self.links.dispatch(), self.links.dispatch(has_handle=True), self.links.combine()
         yield Operation("get_dispatch_layout", False, 0, 0, 0), self.layout
-        yield operation("dispatch", whole, 1, row, waits=True), lambda: self.dispatch(self._buffer)
-        yield operation("dispatch, cached", row, 1, row), self.cached_dispatch
+        yield operation("dispatch", whole, 1, row, there), lambda: self.dispatch(self._buffer)
+        yield operation("dispatch, cached", row, 1, row, cached), self.cached_dispatch
         if self._outside is not None:
-            yield operation("dispatch, outside", whole, 3, row, waits=True), self.dispatch_outside
-            yield operation("dispatch, cached, outside", row, 3, row), self.cached_dispatch_outside
-        yield operation("combine, in the arena", back, 1, back), self.combine_in_arena
-        yield operation("combine", back, 3, back), self.combine
+            yield operation("dispatch, outside", whole, 3, row, there), self.dispatch_outside
+            yield operation("dispatch, cached, outside", row, 3, row, cached), self.cached_dispatch_outside
+        yield operation("combine, in the arena", back, 1, back, here), self.combine_in_arena
+        yield operation("combine", back, 3, back, here), self.combine
         if self._outside is not None:
-            yield operation("combine, by window", back, 3, back), self.combine_by_window
+            yield operation("combine, by window", back, 3, back, here), self.combine_by_window

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.bootstrap import Communicator
-from epcomm.cli.bench.case import Case, make_routing
+from epcomm.cli.bench.case import Case, make_routing, marks_of
 from epcomm.cli.bench.cuda.data import make_bits
 from epcomm.cli.bits import as_bits, round_to, widen
 from epcomm.handle import DispatchResult, LayoutResult
@@ -53,21 +53,12 @@ class Routing:
         counts: NDArray[np.int64] = self.is_token_in_rank.sum(axis=1, dtype=np.int64)
         return counts
 
-    def rows_to_other_nodes(self, ranks_per_node: int) -> int:
-        """Of all ranks together: how often a token has to cross to another node, once for each that wants it."""
-        marks, num_ranks = self.is_token_in_rank, self.topk_idx.shape[0]
-        in_node = np.logical_or.reduce(marks.reshape(*marks.shape[:2], -1, ranks_per_node), axis=3)
-        own = sum(int(in_node[rank, :, rank // ranks_per_node].sum()) for rank in range(num_ranks))
-        return int(in_node.sum()) - own
-
 
 def gather_routing(comm: Communicator, case: Case) -> Routing:
     """Every rank makes its own part. Collective."""
     parts = comm.allgather(make_routing(case, comm.rank))
     topk_idx, topk_weights = (np.stack(arrays) for arrays in zip(*parts, strict=True))
-    owners = topk_idx // (case.experts // case.ranks)
-    marks: NDArray[np.bool_] = (owners[..., None] == np.arange(case.ranks)).any(axis=2)
-    return Routing(topk_idx, topk_weights, marks, case.experts // case.ranks)
+    return Routing(topk_idx, topk_weights, marks_of(case, topk_idx), case.experts // case.ranks)
 
 
 def scales_bits(xp: Any, case: Case, tokens: Any, seed: int) -> Any:

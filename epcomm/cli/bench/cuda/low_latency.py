@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.buffer import Buffer
-from epcomm.cli.bench.case import Case, make_inputs, make_routing
+from epcomm.cli.bench.case import Case, make_inputs, make_routing, marks_of
+from epcomm.cli.bench.links import LinkTraffic, direct
 from epcomm.cli.bits import as_bits, as_rows
 from epcomm.handle import LowLatencyDispatchResult
 from epcomm.numerics import BFLOAT16, FP8_BLOCK, LOGFMT_BLOCK, accumulate_weighted, cast_fp8, logfmt_row_bytes, round_to
@@ -36,13 +37,13 @@ class LowLatencyOperation:
         name: its row in the table.
         run: the call.
         send: its send half, which returns the receive half; None for what has no halves.
-        wire_bytes: from other ranks, mean of the ranks.
+        links: what it moves between ranks.
     """
 
     name: str
     run: Callable[[], object]
     send: Callable[[], Callable[[], None]] | None
-    wire_bytes: float
+    links: LinkTraffic
 
 
 class Expected:
@@ -191,23 +192,20 @@ class LowLatencyCalls:
 
     def operations(self) -> Iterator[LowLatencyOperation]:
         """In the order of the table."""
-        case, handle = self._case, self.handle
-        bf16, fp8 = 2 * case.hidden, case.hidden + case.scale_bytes
-        messages, copies = self._num_sent()
+        there, here = self._dispatch_links(), self._combine_links()
         for use_fp8 in self._formats():
             yield LowLatencyOperation(
                 f"dispatch, {'fp8' if use_fp8 else 'bf16'}",
                 lambda use_fp8=use_fp8: self.dispatch(use_fp8),  # type: ignore[misc]
                 lambda use_fp8=use_fp8: self.dispatch(use_fp8, is_split=True).hook,  # type: ignore[misc]
-                messages * (fp8 if use_fp8 else bf16),
+                there[use_fp8],
             )
         for name, way in self._ways().items():
-            sent = messages * bf16 if way == _PRE_REDUCED else copies * bf16
             yield LowLatencyOperation(
                 f"combine, {name}",
-                lambda way=way: self.combine(handle, way),  # type: ignore[misc]
-                lambda way=way: self.combine(handle, way, is_split=True).hook,  # type: ignore[misc]
-                copies * logfmt_row_bytes(case.hidden) if way == _LOGFMT else sent,
+                lambda way=way: self.combine(self.handle, way),  # type: ignore[misc]
+                lambda way=way: self.combine(self.handle, way, is_split=True).hook,  # type: ignore[misc]
+                here[name],
             )
         for use_fp8 in self._formats():
             for name, way in {"outside": _OUTSIDE, "in place": _IN_PLACE}.items():
@@ -215,8 +213,33 @@ class LowLatencyCalls:
                     f"pair, {'fp8' if use_fp8 else 'bf16'}, {name}",
                     lambda use_fp8=use_fp8, way=way: self.combine(self.dispatch(use_fp8).handle, way),  # type: ignore[misc]
                     None,
-                    messages * (fp8 if use_fp8 else bf16) + copies * bf16,
+                    there[use_fp8] + here[name],
                 )
+
+    def _dispatch_links(self) -> dict[bool, LinkTraffic]:
+        """Of bf16 and fp8: a row for each token and rank."""
+        hidden, scale_bytes, messages = self._case.hidden, self._case.scale_bytes, self._rows()[0]
+        return {False: self._direct(messages, 2 * hidden), True: self._direct(messages, hidden, scale_bytes)}
+
+    def _combine_links(self) -> dict[str, LinkTraffic]:
+        """By way: a row for each choice, or for each rank if they are summed before."""
+        messages, copies = self._rows()
+        found = {}
+        for name, way in self._ways().items():
+            row_bytes = logfmt_row_bytes(self._case.hidden) if way == _LOGFMT else 2 * self._case.hidden
+            found[name] = self._direct((messages if way == _PRE_REDUCED else copies).T, row_bytes)
+        return found
+
+    def _direct(self, rows: NDArray[np.int64], row_bytes: int, beside_bytes: int = 0) -> LinkTraffic:
+        return direct(rows, self._case.ranks_per_node or self._case.ranks, row_bytes, beside_bytes)
+
+    def _rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``[R, R]``, from tokens of rank i for rank j: once for each rank, and once for each choice."""
+        case = self._case
+        choices = np.stack([make_routing(case, rank)[0] for rank in range(case.ranks)])
+        owners = choices.reshape(case.ranks, -1) // self.expected.num_local
+        copies = np.stack([np.bincount(one, minlength=case.ranks) for one in owners])
+        return marks_of(case, choices).sum(axis=1, dtype=np.int64), copies
 
     def _ways(self) -> dict[str, Way]:
         ways = {"outside": _OUTSIDE, "in place": _IN_PLACE, "LogFMT": _LOGFMT, "pre-reduced": _PRE_REDUCED}
@@ -226,12 +249,3 @@ class LowLatencyCalls:
 
     def _formats(self) -> tuple[bool, ...]:
         return (False, True) if self._case.hidden % FP8_BLOCK == 0 else (False,)
-
-    def _num_sent(self) -> tuple[float, float]:
-        """Rows that a rank sends to others, once for each rank, and once for each choice; mean of the ranks."""
-        messages = copies = 0
-        for rank in range(self._case.ranks):
-            owners = make_routing(self._case, rank)[0] // self.expected.num_local
-            copies += int((owners != rank).sum())
-            messages += sum(int((owners == other).any(axis=1).sum()) for other in set(range(self._case.ranks)) - {rank})
-        return messages / self._case.ranks, copies / self._case.ranks

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from epcomm.cli.bench.case import Case
 from epcomm.cli.bench.cuda.low_latency import LowLatencyCalls, LowLatencyOperation
 from epcomm.cli.bench.cuda.run import Machine, machine_of
 from epcomm.cli.bench.cuda.timing import Timer
+from epcomm.cli.bench.links import LinkTraffic
+from epcomm.cli.bench.links_report import LinkRow, fields, has_floors, is_told, notes, table
 from epcomm.cli.bench.report import environment
 
 __all__ = ["LowLatencyRun", "run_low_latency", "to_json_lines", "to_text"]
@@ -45,7 +48,11 @@ class LowLatencyMeasured:
     send_us: float | None
     receive_us: float | None
     python_us: float
-    wire_bytes_per_rank: float
+    links: LinkTraffic
+
+    @property
+    def wire_bytes_per_rank(self) -> float:
+        return self.links.mean.network_bytes + self.links.mean.nvlink_bytes
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,15 @@ def run_low_latency(comm: Communicator, case: Case) -> LowLatencyRun:
     hint = Buffer.get_low_latency_rdma_size_hint(case.tokens, case.hidden, case.ranks, case.experts)
     num_rdma_bytes = hint * -(-max(case.topk, 10) // 10)  # the hint is for 10 choices
     with ExitStack() as stack:
-        buffer = stack.enter_context(Buffer(comm, num_rdma_bytes=num_rdma_bytes, low_latency_mode=True, backend="cuda"))
+        buffer = stack.enter_context(
+            Buffer(
+                comm,
+                num_rdma_bytes=num_rdma_bytes,
+                low_latency_mode=True,
+                backend="cuda",
+                ranks_per_node=case.ranks_per_node,
+            )
+        )
         stream = stack.enter_context(cupy.cuda.Stream(non_blocking=True))  # of the GPU that the Buffer has chosen
         calls = LowLatencyCalls(cupy, buffer, case)
         result = LowLatencyRun(_check(comm, calls, "before"), machine_of(comm, cupy, stream))
@@ -110,7 +125,7 @@ def _measure(
         send_us,
         receive_us,
         timer.python_us(operation.run, case.repeats),
-        operation.wire_bytes,
+        operation.links,
     )
 
 
@@ -121,7 +136,8 @@ def to_text(case: Case, run: LowLatencyRun) -> str:
 
 def _lines(case: Case, run: LowLatencyRun) -> Iterator[str]:
     machine = run.machine
-    yield f"epcomm bench, {case.mode}: {case.ranks} ranks on {machine.num_gpus} GPUs, cuda backend"
+    nodes = f" of {case.num_nodes} {'virtual ' * (case.hosts < case.num_nodes)}nodes" if case.num_nodes > 1 else ""
+    yield f"epcomm bench, {case.mode}: {case.ranks} ranks on {machine.num_gpus} GPUs{nodes}, cuda backend"
     yield f"  {machine.gpu}, {machine.num_sms} SMs, {machine.ranks_on_gpu} ranks a GPU{', under MPS' * machine.mps}"
     yield f"  driver {machine.driver}, CUDA {machine.cuda}, CuPy {machine.cupy}"
     yield f"  {case.tokens} tokens a rank, hidden {case.hidden}, top-{case.topk} of {case.experts} experts"
@@ -139,6 +155,20 @@ def _lines(case: Case, run: LowLatencyRun) -> Iterator[str]:
         yield f"  {one.name:21s}{one.sms:4d}{times}{halves}{one.python_us:6.0f}{one.wire_bytes_per_rank / 1e6:5.1f}"
     yield ""
     yield from (f"  {line}" for line in _NOTES.splitlines())
+    if is_told(case):
+        yield from _links(case, run)
+
+
+def _links(case: Case, run: LowLatencyRun) -> Iterator[str]:
+    """Of each number of SMs, if there are floors: times differ, bytes do not."""
+    for sms, group in groupby(run.measured, key=lambda one: one.sms):
+        rows = [LinkRow(one.name, one.graph_us * 1e-6, one.links) for one in group]
+        yield ""
+        yield from table(case, rows, "between ranks" + f", {sms} SMs" * has_floors(case))
+        if not has_floors(case):
+            break
+    yield ""
+    yield from notes(case, "graph")
 
 
 def to_json_lines(case: Case, run: LowLatencyRun) -> list[str]:
@@ -147,6 +177,7 @@ def to_json_lines(case: Case, run: LowLatencyRun) -> list[str]:
         "mode": case.mode,
         "backend": "cuda",
         "ranks": case.ranks,
+        "ranks_per_node": case.ranks_per_node or case.ranks,
         "tokens_per_rank": case.tokens,
         "hidden": case.hidden,
         "topk": case.topk,
@@ -156,4 +187,10 @@ def to_json_lines(case: Case, run: LowLatencyRun) -> list[str]:
         **asdict(run.machine),
         **environment(),
     }
-    return [json.dumps({"operation": one.name, **asdict(one), **parameters}) for one in run.measured]
+    return [json.dumps({**_record(case, one), **parameters}) for one in run.measured]
+
+
+def _record(case: Case, one: LowLatencyMeasured) -> dict[str, Any]:
+    own = {name: value for name, value in vars(one).items() if name != "links"}
+    links = fields(case, one.graph_us * 1e-6, one.links)
+    return {"operation": one.name, **own, "wire_bytes_per_rank": one.wire_bytes_per_rank, **links}

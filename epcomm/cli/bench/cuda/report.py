@@ -10,6 +10,7 @@ from typing import Any
 
 from epcomm.cli.bench.case import Case
 from epcomm.cli.bench.cuda.run import CudaRun, Measured
+from epcomm.cli.bench.links_report import LinkRow, fields, has_floors, is_told, notes, rows_to_nodes, table
 from epcomm.cli.bench.report import environment
 
 __all__ = ["to_json_lines", "to_text"]
@@ -36,6 +37,8 @@ def to_text(case: Case, run: CudaRun) -> str:
     for num_sms, group in groupby(run.measured, key=lambda result: result.num_sms):
         lines += [*_table(case, run, num_sms, list(group)), ""]
     lines += [f"  {line}" for line in _NOTES.splitlines()]
+    if is_told(case):
+        lines += ["", *_links(case, run)]
     lines += ["", *_host_times(run)]
     return "\n".join(lines)
 
@@ -94,6 +97,7 @@ def _record(case: Case, run: CudaRun, result: Measured) -> dict[str, Any]:
         "wire_bytes_per_rank": wire,
         "logical_gb_per_s": logical / seconds / 1e9,
         "wire_gb_per_s": wire / seconds / 1e9,
+        **fields(case, seconds, operation.links),
     }
 
 
@@ -106,7 +110,8 @@ def _header(case: Case, run: CudaRun) -> Iterator[str]:
     scales = f" with float32 scales [T, {case.scale_bytes // 4}]" if case.dtype == "fp8" else ""
     back = "" if case.dtype != "fp8" else "; combine in bf16"
     mpi = f", mpi4py {found['mpi4py']}, {found['mpi']}" if found["mpi"] else ""
-    nodes = "1 node" if case.num_nodes == 1 else f"{case.num_nodes} virtual nodes"
+    virtual = "virtual " if case.hosts < case.num_nodes else ""
+    nodes = "1 node" if case.num_nodes == 1 else f"{case.num_nodes} {virtual}nodes"
     yield f"epcomm bench, {case.mode}: {ranks} on {gpus} of {nodes}, cuda backend"
     yield f"  {machine.gpu}, {machine.num_sms} SMs{shared}{service}"
     yield f"  driver {machine.driver}, CUDA {machine.cuda}, CuPy {machine.cupy}, NumPy {found['numpy']}"
@@ -132,6 +137,22 @@ def _table(case: Case, run: CudaRun, num_sms: int, measured: list[Measured]) -> 
             line += f"{record['floor_us']:7.0f}{record['floor_percent']:5.0f}"
             line += f"{record['logical_gb_per_s']:10.1f}{record['wire_gb_per_s']:7.1f}"
         yield line
+
+
+def _links(case: Case, run: CudaRun) -> Iterator[str]:
+    """Of each number of SMs, if there are floors: times differ, bytes do not."""
+    for num_sms, group in groupby(run.measured, key=lambda result: result.num_sms):
+        found = [(result.operation, result.telling_us * 1e-6) for result in group]
+        rows = [LinkRow(operation.name, time_s, operation.links) for operation, time_s in found if operation.links]
+        sms = f", {num_sms} SMs" if num_sms > 1 else ", 1 SM"
+        yield from table(case, rows, "between ranks" + sms * has_floors(case))
+        yield ""
+        if not has_floors(case):
+            break
+    yield from notes(case, "chain, or p50 of a dispatch without a handle,")
+    if case.num_nodes > 1:
+        yield ""
+        yield from rows_to_nodes(case, run.crossing)
 
 
 def _host_times(run: CudaRun) -> Iterator[str]:

@@ -14,12 +14,14 @@ import numpy as np
 
 from epcomm import env
 from epcomm.bootstrap import Communicator
+from epcomm.bootstrap.topology import host_identity
 from epcomm.buffer import Buffer
 from epcomm.cli.bench.case import Case
 from epcomm.cli.bench.cuda.calls import Calls, Operation
 from epcomm.cli.bench.cuda.checks import gather_routing
 from epcomm.cli.bench.cuda.construction import construction_s
 from epcomm.cli.bench.cuda.timing import Timer, copy_speed, peer_copy_speed
+from epcomm.cli.bench.links import Crossing
 from epcomm.config import Config
 
 __all__ = ["CudaRun", "Machine", "Measured", "machine_of", "run"]
@@ -97,6 +99,7 @@ class CudaRun:
         arena_bytes: ``num_nvl_bytes``.
         construct_s: seconds to construct the first Buffer of all ranks, kernels as they were found, and another.
         construction: seconds (compiling, from disk) for one rank, or None.
+        crossing: rows between nodes, of one dispatch.
     """
 
     differences: list[str]
@@ -104,6 +107,7 @@ class CudaRun:
     arena_bytes: int
     construct_s: tuple[float, float]
     construction: tuple[float, float] | None
+    crossing: Crossing
     measured: list[Measured] = field(default_factory=list)
 
 
@@ -124,7 +128,8 @@ def run(comm: Communicator, case: Case) -> CudaRun:
             calls = Calls(cupy, buffer, outside, case, routing)
             differences = _check(comm, cupy, calls, "before")
             machine = machine_of(comm, cupy, stream)
-            result = CudaRun(differences, machine, arena_bytes, (first_s, again_s), _construction(comm))
+            construct_s = first_s, again_s
+            result = CudaRun(differences, machine, arena_bytes, construct_s, _construction(comm), calls.links.crossing)
             if not differences:
                 timer = Timer(cupy, comm, buffer, stream, machine.copy_bytes_per_s)
                 for num_sms in case.sms or (None,):
@@ -179,7 +184,8 @@ def machine_of(comm: Communicator, cupy: Any, stream: Any) -> Machine:
     speed = copy_speed(cupy, stream) if comm.rank == 0 else 0.0
     cupy.get_default_memory_pool().free_all_blocks()
     speed = comm.bcast(speed)  # the others wait here, so that the GPU has nothing else to do
-    peer_speed = peer_copy_speed(cupy, comm, stream) if len(set(uuids)) > 1 else None
+    num_hosts = len(set(comm.allgather(host_identity())))  # a plain copy reaches no other
+    peer_speed = peer_copy_speed(cupy, comm, stream) if len(set(uuids)) > 1 and num_hosts == 1 else None
     cupy.get_default_memory_pool().free_all_blocks()
     version = runtime.runtimeGetVersion()
     return Machine(
