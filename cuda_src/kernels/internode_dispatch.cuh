@@ -25,17 +25,15 @@ struct InternodeDispatchArgs {
     uint64_t node_counts;             // int32 [num_nodes], rows that this rank hands out, by source node, added; or 0
     Pieces pieces;
     uint32_t stage_bytes;
-    uint32_t row_offset;  // in a row of the ring `rows`: what is ahead of it says where it goes
     int32_t num_scales, scale_bytes, num_topk, index_bytes, num_local_experts;
     int32_t num_worst_tokens;  // 0: as many rows as there are
     int32_t is_forced;         // whatever the last exchange said
     int32_t has_weights;       // an empty array has no address
     int32_t num_senders, num_forwarders;  // warps of a block that move rows
-    int32_t unused;
 
     __device__ bool has_beside() const { return num_scales > 0 || has_metadata; }
 };
-static_assert(sizeof(InternodeDispatchArgs) == sizeof(Comm) + 24 + 2 * 24 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 2 * 4 + 11 * 4,
+static_assert(sizeof(InternodeDispatchArgs) == sizeof(Comm) + 24 + 2 * 24 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 4 + 10 * 4,
               "InternodeDispatchArgs differs from epcomm/kernels/internode_dispatch.py");
 
 // Where the fields of rows go at one rank of the own node: field f of row i is at field[f] + i * field_bytes(f).

@@ -2,17 +2,17 @@
 // place at the ranks of the own node, and to the ring of one rank of each other node that wants it; forwarders there write
 // it to its final places. A row of a message:
 //
-//     [ int32 row at each local rank of the receiver, or -1 | the row itself ]
+//     [ int32 row at each local rank of the receiver, or -1 | the row itself, kPlacesBytes behind ]
 //
 // In front of the network a row is written once for all nodes, with the rows at all ranks ahead of it, and a message is a part
-// of the unit: units there are so small that what a node wants of one lies together.
+// of the unit: a unit there has two tokens at most, since of three a node may want the first and the last one.
 #pragma once
 
 #include "kernels/internode_dispatch.cuh"
 
 namespace epcomm {
 
-inline constexpr uint32_t kMostStagedTokens = 2;  // of a unit: of three, a node may want the first and the last one
+inline constexpr uint64_t kPlacesBytes = round_up(kMaxRanks * sizeof(int32_t), kUnit);  // as in epcomm/kernels/internode_dispatch.py
 
 // What a node gets of a unit; of a lane that stands for one.
 struct Sent {
@@ -50,14 +50,14 @@ __device__ inline Sent send_unit(const InternodeDispatchArgs& args, const Shared
             if (is_staged && lane < comm.num_ranks) pointer<int32_t>(slot)[lane] = wanted.row;
             if (wanted.has_node(args, to.node) && sent.num_rows++ == 0) sent.from = slot;
             num_staged += is_staged;
-            if (is_staged && lane == nodes.ranks_per_node) far = slot + args.row_offset;  // a lane that stands for a node
+            if (is_staged && lane == nodes.ranks_per_node) far = slot + kPlacesBytes;  // a lane that stands for a node
         } else {
             const int slot = __shfl_sync(~0u, sent.num_rows, is_far ? Destination::lane_of(args, rank_node) : 0);
             if (is_far && wanted.has_node(args, rank_node))
                 pointer<int32_t>(told + static_cast<uint64_t>(slot) * ring.row_bytes)[lane - nodes.first_of(rank_node)] =
                     wanted.row;
             if (wanted.has_node(args, to.node))
-                far = group + static_cast<uint64_t>(sent.num_rows++) * ring.row_bytes + args.row_offset;
+                far = group + static_cast<uint64_t>(sent.num_rows++) * ring.row_bytes + kPlacesBytes;
         }
         if (to.local >= 0) return row < 0 ? 0 : rows + static_cast<uint64_t>(row) * args.pieces.row_bytes;
         return far;
@@ -102,7 +102,7 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
         if (num_rows < 0) return false;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
         auto source = [&](int i) {
-            return pointer<const uint8_t>(head + static_cast<uint64_t>(i) * ring.row_bytes + args.row_offset);
+            return pointer<const uint8_t>(head + static_cast<uint64_t>(i) * ring.row_bytes + kPlacesBytes);
         };
         auto destination = [&](int i) -> uint64_t {
             if (!is_local) return 0;

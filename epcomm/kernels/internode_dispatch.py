@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from epcomm.jit import Program
 from epcomm.kernels.dispatch import BESIDE_WARPS
-from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT, round_up
+from epcomm.kernels.layout import MAX_RANKS, NUM_ENTRY_AGREED, UNIT, round_up
 from epcomm.kernels.rings import MAX_UNIT, NODES, RING, Message
 from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
 
-__all__ = ["ENTRY", "FIELDS", "PROGRAM", "WANTED_GROUPS", "Beside", "Rows", "Shape", "beside", "rows", "shape"]
+__all__ = ["ENTRY", "FIELDS", "PLACES_BYTES", "PROGRAM", "WANTED_GROUPS", "Beside", "Shape", "beside", "rows", "shape"]
 
 STAGES = 2
 PROGRAM = Program("kernels/internode_dispatch.cu", (("KERNEL_STAGES", str(STAGES)),))
@@ -26,6 +26,7 @@ _MAX_PIECE = 14336  # bytes
 _MAX_STAGED_PIECE = 7168
 _SENDING = 0.6
 _MOST_STAGED_TOKENS = 2  # what a node wants of these lies together
+PLACES_BYTES = round_up(4 * MAX_RANKS, UNIT)  # an int32 for every rank, or for those of a node
 _UNIT_BYTES = 32 << 10  # of rows of a message: less is bound by latency, more comes late
 _BESIDE_TOKENS = 8
 WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
@@ -34,9 +35,9 @@ WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
 # rows: offset, num_groups, group_bytes, row_bytes, unit_tokens; beside: likewise;
 # entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
 # x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
-# node_counts; pieces[3], stage_bytes, row_offset; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
-# num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders, unused
-FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ5I11i")
+# node_counts; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
+# num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders
+FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I10i")
 
 
 class Shape(NamedTuple):
@@ -47,13 +48,6 @@ class Shape(NamedTuple):
     forwarders: int  # and that forward them
     threads: int
     shared_bytes: int
-
-
-class Rows(NamedTuple):
-    """Where a row begins in one of a message, and the message."""
-
-    offset: int
-    message: Message
 
 
 class Beside(NamedTuple):
@@ -80,13 +74,10 @@ def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int, is_st
 
 
 @functools.lru_cache(maxsize=256)
-def rows(row_bytes: int, ranks_per_node: int, num_nodes: int, is_staged: bool, most_tokens: int = MAX_UNIT) -> Rows:
-    """A message of rows. Ahead of each is its place at every local rank of the receiver, or if it is staged, which it is
-    once for all nodes, at every rank.
-    """
+def rows(row_bytes: int, is_staged: bool, most_tokens: int = MAX_UNIT) -> Message:
+    """A message of rows; `PLACES_BYTES` ahead of each say where it goes. `is_staged` as for `shape`."""
     tokens = max(1, min(most_tokens, _MOST_STAGED_TOKENS if is_staged else MAX_UNIT, _UNIT_BYTES // row_bytes))
-    offset = round_up(4 * ranks_per_node * (num_nodes if is_staged else 1), UNIT)
-    return Rows(offset, Message(tokens, offset + round_up(row_bytes, UNIT), is_common=True))
+    return Message(tokens, PLACES_BYTES + round_up(row_bytes, UNIT), is_common=True)
 
 
 @functools.lru_cache(maxsize=256)

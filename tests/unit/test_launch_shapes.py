@@ -198,11 +198,11 @@ def test_internode_dispatch(per_node, num_nodes, memory, is_staged):
                 stages = internode_dispatch.STAGES * warps * (8 + shape.pieces.piece_bytes)
                 assert stages <= shape.shared_bytes < stages + 128
     for row_bytes in ROW_BYTES:
-        offset, message = internode_dispatch.rows(row_bytes, per_node, num_nodes, is_staged)
+        message = internode_dispatch.rows(row_bytes, is_staged)
         assert 1 <= message.unit_tokens <= 32
-        assert offset >= 4 * per_node * (num_nodes if is_staged else 1)
-        assert message.row_bytes >= offset + row_bytes
-        assert (offset % UNIT, message.row_bytes % UNIT) == (0, 0)
+        assert message.unit_tokens <= 2 or not is_staged
+        assert message.row_bytes >= internode_dispatch.PLACES_BYTES + row_bytes
+        assert (internode_dispatch.PLACES_BYTES % UNIT, message.row_bytes % UNIT) == (0, 0)
 
 
 @pytest.mark.parametrize("is_staged", [False, True])

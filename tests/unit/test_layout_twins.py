@@ -142,8 +142,8 @@ STRUCTS = {
             *array("out", 5),
             "node_counts",
             *pieces("pieces"),
-            *words("stage_bytes row_offset num_scales scale_bytes num_topk index_bytes num_local_experts"),
-            *words("num_worst_tokens is_forced has_weights num_senders num_forwarders unused"),
+            *words("stage_bytes num_scales scale_bytes num_topk index_bytes num_local_experts"),
+            *words("num_worst_tokens is_forced has_weights num_senders num_forwarders"),
         ],
     ),
     "InternodeCombineArgs": (

@@ -187,12 +187,12 @@ def test_bytes_of_all_experts_on_two_nodes():
     assert dispatch.row_bytes == combine.row_bytes == 16 * 2048
     assert dispatch.nvlink_bytes == 2 * 16 * (2048 + beside)
     assert combine.nvlink_bytes == 2 * 16 * 2048
-    # One message of 16 rows: where they go, a line of 128 bytes. Two of 8 of what is beside: 2 places, 8 indices and
+    # Eight messages of 2 rows: where each goes, a line of 128 bytes. Two of 8 of what is beside: 2 places, 8 indices and
     # weights, the source. A word for each of them there, and one back. To both ranks counts, with a word, and four
     # words as the call begins.
     counts = 2 * (8 * (32 + 16 + 2 + 2) + 8)
-    assert dispatch.other_bytes == 128 + 16 * (8 + 64 + 32 + 8) + 2 * 8 * 3 + counts + 2 * 4 * 8
-    assert dispatch.nic_operations == 3 * (1 + 2) + 2 * 2 + 2 * 4
+    assert dispatch.other_bytes == 16 * (128 + 8 + 64 + 32 + 8) + 2 * 8 * 10 + counts + 2 * 4 * 8
+    assert dispatch.nic_operations == 3 * (8 + 2) + 2 * 2 + 2 * 4
     # A question and an answer, of one message each: 2 places a token, in 16 bytes.
     assert combine.other_bytes == 16 * 16 + 2 * 8 + 2 * 4 * 8
     assert combine.nic_operations == 2 + 2 + 2 * 4

@@ -158,10 +158,10 @@ class InternodeMovePlan(MovePlan):
         )
         scales_bytes, topk_bytes = sizes.num_scales * sizes.scale_bytes, sizes.num_topk * sizes.index_bytes
         beside = internode.beside(per_node, scales_bytes, topk_bytes, sizes.num_topk * 4 if sizes.has_weights else 0)
-        terms = (sizes.row_bytes, per_node, job.num_nodes, job.rings.is_staged)
-        self._row_offset, rows = internode.rows(*terms)
+        is_staged = job.rings.is_staged
+        rows = internode.rows(sizes.row_bytes, is_staged)
         while rows.unit_tokens > 1 and not job.rings.has_room(rows, beside.message):
-            rows = internode.rows(*terms, rows.unit_tokens // 2).message
+            rows = internode.rows(sizes.row_bytes, is_staged, rows.unit_tokens // 2)
         rings = job.rings.cut((rows, beside.message), internode.WANTED_GROUPS)
         self._rings = (*job.rings.nodes, *rings[0], *rings[1])
         self._slot_fields = beside.fields  # type: ignore[assignment]
@@ -178,12 +178,10 @@ class InternodeMovePlan(MovePlan):
             move.node_counts,
             *shape.pieces,
             shape.pieces.piece_bytes,
-            self._row_offset,
             *self._beside,
             *move.flags,
             shape.senders,
             shape.forwarders,
-            0,
         )
         job.launch.dispatch(turn.stream, self._blocks, shape, fields)
 

@@ -4,7 +4,7 @@ operations of its NIC.
 The messages are those of the kernels (``epcomm.kernels.internode_dispatch`` and ``internode_combine``) between ranks
 that reach each other over a network: a unit of consecutive tokens has one for each other node. On the network:
 
-    dispatch, rows      for each row 4 bytes a local rank (where it goes), rounded up to 128 a message, and the row
+    dispatch, rows      for each row 128 bytes, which say where it goes, and the row
     dispatch, beside    for each row 4 bytes a local rank, scales, indices (int64), weights, the source token
     combine, questions  for each row 4 bytes a local rank
     combine, answers    the sums
@@ -100,7 +100,7 @@ class Messages:
 
     def __init__(self, sizes: Sizes) -> None:
         gpus, choices = sizes.gpus, (sizes.topk * _INDEX_BYTES, sizes.topk * _WEIGHT_BYTES)
-        self.rows = internode_dispatch.rows(sizes.dispatch_row_bytes, gpus)
+        self.rows = internode_dispatch.rows(sizes.dispatch_row_bytes, True)
         beside = internode_dispatch.beside(gpus, sizes.scales_bytes, *choices).message
         self.beside = beside if sizes.beside_bytes else None
         self.asked, self.answered, _ = internode_combine.messages(sizes.combine_row_bytes, 0, gpus)
@@ -142,11 +142,12 @@ class Traffic:
 def dispatch_sends(sizes: Sizes, moved: Moved) -> Traffic:
     """Of a whole dispatch, or of one with a handle."""
     messages, num_far = Messages(sizes), sizes.num_ranks - sizes.gpus
-    payload = moved.crossing * messages.rows.row_bytes
+    payload = moved.crossing * (messages.rows.row_bytes - internode_dispatch.PLACES_BYTES)
     other, operations = _entries(num_far)
+    other += moved.crossing * internode_dispatch.PLACES_BYTES
     for message in messages.of_dispatch:
         num_messages, num_filled = moved.messages(message.unit_tokens)
-        other += num_filled * message.head_bytes + 2 * num_messages * _WORD_BYTES
+        other += 2 * num_messages * _WORD_BYTES
         operations += num_filled + 2 * num_messages
     if messages.beside is not None:
         other += moved.crossing * messages.beside.row_bytes
