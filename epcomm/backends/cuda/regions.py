@@ -9,9 +9,16 @@ from __future__ import annotations
 from epcomm.backends.cuda.settings import Settings
 from epcomm.bootstrap import Communicator, Topology
 from epcomm.errors import DeviceError
-from epcomm.kernels.layout import UNIT, WORKSPACE_BYTES, round_up
+from epcomm.kernels.layout import (
+    MAX_QUEUE_PAIRS,
+    QUEUE_PAIRS_OFFSET,
+    UNIT,
+    WORKSPACE_BYTES,
+    queue_pairs_bytes,
+    round_up,
+)
 from epcomm.kernels.window import WINDOW_BYTES
-from epcomm.memory import SymmetricMemory
+from epcomm.memory import SymmetricMemory, driver
 from epcomm.memory.nvshmem import NvshmemGroup, nvshmem_group
 from epcomm.memory.together import agree
 
@@ -64,14 +71,14 @@ class Regions:
             self.bases = self.control = self._memory.bases
             self.pes: tuple[int, ...] = ()
         else:
-            self._group = nvshmem_group(comm, device, end)
+            self._group = nvshmem_group(comm, device, end, min(settings.num_queue_pairs, MAX_QUEUE_PAIRS))
             self._heap_part = self._group.allocate(end)
             self.pes = self._group.pe_of_rank
             self._map_node(comm, topology, settings, device)
         self.region_bytes = min(self._memory.sizes)
 
     def _map_node(self, comm: Communicator, topology: Topology, settings: Settings, device: int) -> None:
-        """Regions and words of the ranks of the own node."""
+        """Regions and words of the ranks of the own node; and what kernels choose queue pairs from for the others."""
         assert self._group is not None
         first, count = topology.node * topology.ranks_per_node, topology.ranks_per_node
         failure: Exception | None = None
@@ -90,6 +97,9 @@ class Regions:
                         wanted="GPUs of a node that can address each other",
                         do="look at `nvidia-smi topo -p2p rw`; unset NVSHMEM_DISABLE_P2P",
                     )
+            handles = self._group.queue_pairs[: settings.num_queue_pairs]
+            with driver.in_context(device):
+                driver.write(self._heap_part + QUEUE_PAIRS_OFFSET, queue_pairs_bytes(handles))
         except Exception as error:
             failure = error
         agree(comm, failure, "device memory of the nodes", wanted="a region on every rank")
