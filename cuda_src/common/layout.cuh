@@ -113,7 +113,7 @@ struct Signals {
     EntryCells combine_entry[2][kMaxRanks];
     uint32_t dispatch_done[kMaxRanks];
     uint32_t combine_done[kMaxRanks];
-    uint32_t barrier[kMaxRanks];
+    uint32_t barrier[2][kMaxRanks];  // by parity: through a network, a word may come after the next one
     uint64_t window_ready[2][kMaxRanks];  // by Operation - kDispatch: {sequence << 32 | rounds}
     uint64_t window_ack[2][kMaxRanks];
     uint64_t counts_there[2][kMaxRanks];  // by parity: sequence of the exchange of which a rank behind the network has sent all
@@ -130,8 +130,19 @@ struct Workspace {
     Signals signals;
     ExchangeCells outgoing[2][kMaxRanks];  // by parity: what this rank sends through the network
 };
+
+// What this rank's warps choose from for what goes through the network, see transport/peer.cuh. It ends the workspace; the
+// host writes it before the first kernel.
+inline constexpr int kMaxQueuePairs = 127;
+struct QueuePairs {
+    uint32_t count;                  // 0: NVSHMEM chooses
+    int32_t handle[kMaxQueuePairs];  // of NVSHMEM's host library
+};
+static_assert(sizeof(QueuePairs) == 512);
+
 inline constexpr uint64_t kWorkspaceBytes = 2ull << 20;
-static_assert(sizeof(Workspace) <= kWorkspaceBytes);
+inline constexpr uint64_t kQueuePairsOffset = kWorkspaceBytes - sizeof(QueuePairs);
+static_assert(sizeof(Workspace) <= kQueuePairsOffset);
 
 // Why a call did not do its work.
 enum ErrorKind : uint32_t { kNoError = 0, kTimeout = 1, kPoisoned = 2, kAborted = 3, kConcurrent = 4, kBadOffset = 5 };
@@ -201,6 +212,7 @@ struct Comm {
     __device__ Workspace* workspace(int r) const { return pointer<Workspace>(control[r]); }
     __device__ State& state() const { return workspace(rank)->state; }
     __device__ Signals& own() const { return workspace(rank)->signals; }
+    __device__ const QueuePairs& queue_pairs() const { return *pointer<QueuePairs>(control[rank] + kQueuePairsOffset); }
     __device__ Signals& of(int r) const { return workspace(r)->signals; }
     __device__ HostPage* page() const { return pointer<HostPage>(host); }
 };

@@ -13,7 +13,7 @@ static_assert(sizeof(BarrierArgs) == sizeof(Comm), "BarrierArgs differs from epc
 extern "C" __global__ void __launch_bounds__(kWarp) epcomm_barrier(const __grid_constant__ BarrierArgs args) {
     Call call;
     if (!begin(args.comm, kBarrier, call)) return;
-    meet(args.comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.barrier; });
+    meet(args.comm, call, [&](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.barrier[call.parity]; });
     end(args.comm, call);
 }
 

@@ -4,7 +4,8 @@
 // Grid: num_sms blocks, all resident. The rank of a token knows where all of its rows are, and asks: a message of a few
 // bytes to the rank of its rail at each other node says which rows to sum, and that there is room for the answer. So nobody
 // keeps anything of the dispatch but the ranks of the tokens, and answers are never held up. Some warps gather, the others
-// answer. Nobody leaves before all ranks are done: that protects `x`.
+// answer. Nobody leaves before the ranks of its node are done, which protects `x`, and those on its rail, which have its
+// answers then.
 //
 // Regions: reads blocks of the ranks of the own node, writes rings of the ranks on the rail. Words: combine_entry,
 // combine_done, and those of the rings; see sync/ring.cuh.
@@ -39,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     if (is_last_block(comm, call)) {
         if (good && warp_index() == 0)
             meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.combine_done; },
-                 args.nodes.ranks_of(args.nodes.own));
+                 args.nodes.ranks_of(args.nodes.own) | args.nodes.rail());
         if (threadIdx.x == 0) comm.page()->rows_to_nodes[1] = comm.state().rows_to_nodes[1];
         end(comm, call);
     }

@@ -29,8 +29,9 @@ __device__ inline void send(const LowLatencyCombineArgs& args, const Call& call,
     if (reachable == 0 || shared.dispatched == 0) return;
     if (kMayPull) send_places(args, call, reachable);
     if (kPayload == kPartialSums) send_weights(args, call, reachable);
-    if (kHasNetwork) push_far_messages(args, call, shared);  // they take longest
-    if (!args.is_pulled) push_messages(args, call, shared);
+    const uint64_t start_ns = kPayload == kPartialSums && args.slot.leaves_late ? ptx::globaltimer_ns() : 0;
+    if (kHasNetwork) push_far_messages(args, call, shared, start_ns);  // they take longest
+    if (!args.is_pulled) push_messages(args, call, shared, start_ns);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)

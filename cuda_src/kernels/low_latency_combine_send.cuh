@@ -208,7 +208,8 @@ __device__ inline void push(const LowLatencyCombineArgs& args, const Call& call,
 }
 
 // All warps: the messages of the dispatch, back to their sources.
-__device__ inline void push_messages(const LowLatencyCombineArgs& args, const Call& call, const Shared& shared) {
+__device__ inline void push_messages(const LowLatencyCombineArgs& args, const Call& call, const Shared& shared,
+                                     uint64_t start_ns) {
     const Comm& comm = args.comm;
     const uint32_t num_messages = shared.first_message[comm.num_ranks], num_warps = gridDim.x * kWarps;
     // A fence takes about as long as moving a few KB does: there is one for as many pieces as a warp can have on their way,
@@ -216,7 +217,6 @@ __device__ inline void push_messages(const LowLatencyCombineArgs& args, const Ca
     const uint32_t most = kPushColumns * kColumn / args.piece_bytes;
     const uint32_t a_unit = min(most, max(1u, num_messages * args.num_pieces / (2 * num_warps)));
     const uint32_t units_a_row = (args.num_pieces + a_unit - 1) / a_unit, num_units = num_messages * units_a_row;
-    const uint64_t start_ns = kPayload == kPartialSums && args.slot.leaves_late ? ptx::globaltimer_ns() : 0;
 #pragma unroll 1
     for (uint32_t unit = blockIdx.x + warp_index() * gridDim.x; unit < num_units; unit += num_warps) {
         const uint32_t number = unit / units_a_row, piece = (unit - number * units_a_row) * a_unit;
@@ -250,8 +250,8 @@ __device__ inline void push_far_message(const LowLatencyCombineArgs& args, const
 }
 
 // All warps: the messages of sources behind the network. Code of its own, so that what goes to near ones stays short.
-__device__ __noinline__ void push_far_messages(const LowLatencyCombineArgs& args, Call call, const Shared& shared) {
-    const uint64_t start_ns = kPayload == kPartialSums && args.slot.leaves_late ? ptx::globaltimer_ns() : 0;
+__device__ __noinline__ void push_far_messages(const LowLatencyCombineArgs& args, Call call, const Shared& shared,
+                                               uint64_t start_ns) {
     uint32_t number = blockIdx.x + warp_index() * gridDim.x;  // among those of far sources
 #pragma unroll 1
     for (uint32_t rest = args.slot.far & shared.opening.reachable; rest != 0; rest &= rest - 1) {

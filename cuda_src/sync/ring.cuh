@@ -11,7 +11,7 @@
 //
 // The area of a rank: words [kNumWords][num_nodes][kMaxGroups], then the groups of all rings that end here, and behind each
 // ring, where there is a network, those to send from, for each node or one for all of them; cut anew for each call. Nobody sends before it has heard that all
-// ranks are in the call, and nobody leaves before what it has sent was taken: groups and words are free between calls.
+// ranks are in the call, and nobody leaves before what it has sent has arrived: groups and words are free between calls.
 #pragma once
 
 #include "ptx/bulk.cuh"
@@ -45,6 +45,12 @@ struct Nodes {
     __device__ int first_local() const { return first_of(own); }
     // The rank of `node` on this rank's rail.
     __device__ int on_rail(int node) const { return first_of(node) + local; }
+    // The ranks of the rail, a bit each.
+    __device__ uint32_t rail() const {
+        uint32_t ranks = 0;
+        for (int node = 0; node < num_nodes; ++node) ranks |= 1u << on_rail(node);
+        return ranks;
+    }
     // All of a node, a bit each.
     __device__ uint32_t ranks_of(int node) const {
         return (ranks_per_node == kWarp ? ~0u : (1u << ranks_per_node) - 1) << first_of(node);

@@ -209,6 +209,7 @@ __device__ __noinline__ void greet_at_last(const Comm& comm, Call call, const Sl
     if (threadIdx.x == 0) comm.state().ticket[call.operation] = 0;
     if (warp_index() != 0 || __any_sync(~0u, poison_of(comm) != 0)) return;
     ptx::fence_acq_rel_sys();
+    if (slot.far != 0) fence_network();
     greet(comm, call, slot, masked_ranks(comm), greeting);
 }
 

@@ -10,9 +10,14 @@
 //
 // Order. A put_signal delivers its signal after its own bytes, and says nothing of other puts: those of a warp or block
 // are ordered by waiting for their signals alone. Of the words and signals that one thread sends to one PE, what comes
-// before its fence() is delivered before what comes after it; quiet() returns when all that it has sent is delivered.
+// before its fence() is delivered before what comes after it; quiet() returns when all that it has sent is delivered. All
+// this holds whatever queue pairs they go through: fence() and quiet() are those of NVSHMEM for all of them.
 // Whoever waits for a signal reads the word in its own memory with ptx::ld_acquire_sys, block by block, in a bounded
 // wait: NVSHMEM's own waits, and quiet(), have no bound, nor has a put that finds the network card's queue full.
+//
+// Queue pairs. From NVSHMEM 3.5 on the sender of what goes through the network says through which of the queue pairs that
+// the host library has made (epcomm/memory/nvshmem_start.py); a handle is good for every PE. Earlier ones choose by
+// themselves, and so do all for kDefaultQueuePair and for PEs that are reached by plain stores.
 #pragma once
 
 #include <cuda/std/cstdint>
@@ -68,6 +73,15 @@ __device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint64_
 
 namespace epcomm::nvshmem {
 
+inline constexpr int kDefaultQueuePair = 1;
+
+#if NVSHMEM_VENDOR_VERSION >= 30500
+inline constexpr bool kHasQueuePairs = true;
+static_assert(kDefaultQueuePair == NVSHMEMX_QP_DEFAULT, "the handle for NVSHMEM's own choice has another number");
+#else
+inline constexpr bool kHasQueuePairs = false;
+#endif
+
 __device__ __forceinline__ int my_pe() { return nvshmem_my_pe(); }
 
 __device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
@@ -76,10 +90,15 @@ __device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
 // are there; addresses and size are multiples of 16. May return before; `from` is in use until then. Begins and ends with
 // __syncwarp, so the lanes may have written `from` just before.
 __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
-                                           uint64_t value, int pe) {
+                                           uint64_t value, int pe, int queue_pair = kDefaultQueuePair) {
     void* there = nvshmem_ptr(to, pe);
     if (there == nullptr) {
+#if NVSHMEM_VENDOR_VERSION >= 30500
+        nvshmemx_qp_char_put_signal_nbi_warp(static_cast<char*>(to), static_cast<const char*>(from), num_bytes, signal,
+                                             value, NVSHMEM_SIGNAL_SET, pe, queue_pair);
+#else
         nvshmemx_putmem_signal_nbi_warp(to, from, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
+#endif
         return;
     }
     __syncwarp();
@@ -95,23 +114,44 @@ __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t 
 
 // All threads of a block, with equal arguments: as above, with __syncthreads.
 __device__ __forceinline__ void put_signal_block(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
-                                                 uint64_t value, int pe) {
+                                                 uint64_t value, int pe, int queue_pair = kDefaultQueuePair) {
+#if NVSHMEM_VENDOR_VERSION >= 30500
+    nvshmemx_qp_char_put_signal_nbi_block(static_cast<char*>(to), static_cast<const char*>(from), num_bytes, signal,
+                                          value, NVSHMEM_SIGNAL_SET, pe, queue_pair);
+#else
     nvshmemx_putmem_signal_nbi_block(to, from, num_bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
+#endif
 }
 
 // One thread: set the PE's word. Not ordered behind what this thread sends: fence() first. Nor behind its loads: a fence of
 // the memory model, ptx::fence_acq_rel_sys, first.
-__device__ __forceinline__ void set_signal(uint64_t* signal, uint64_t value, int pe) {
+__device__ __forceinline__ void set_signal(uint64_t* signal, uint64_t value, int pe,
+                                           int queue_pair = kDefaultQueuePair) {
+#if NVSHMEM_VENDOR_VERSION >= 30500
+    nvshmemx_qp_signal_op(signal, value, NVSHMEM_SIGNAL_SET, pe, queue_pair);
+#else
     nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_SET, pe);
+#endif
 }
 
-// One thread: write 8 or 4 aligned bytes, which arrive whole; in order as set_signal.
-__device__ __forceinline__ void put_word(uint64_t* to, uint64_t value, int pe) {
-    nvshmem_uint64_p(to, value, pe);
-}
-
-__device__ __forceinline__ void put_word(uint32_t* to, uint32_t value, int pe) {
-    nvshmem_uint32_p(to, value, pe);
+// One thread: write 8 or 4 aligned bytes, which arrive whole; in order as set_signal. Lanes of a warp may name different PEs:
+// before 3.8, NVSHMEM sends what a full warp puts to the PE of its first lane.
+template <typename Word>
+__device__ __forceinline__ void put_word(Word* to, Word value, int pe, int queue_pair = kDefaultQueuePair) {
+    static_assert(sizeof(Word) == 8 || sizeof(Word) == 4);
+    const uint32_t lanes = __activemask();
+    for (uint32_t rest = lanes; rest != 0;) {
+        const bool is_next = __shfl_sync(lanes, pe, __ffs(rest) - 1) == pe;
+        rest &= ~__ballot_sync(lanes, is_next);
+        if (!is_next) continue;
+#if NVSHMEM_VENDOR_VERSION >= 30500
+        if constexpr (sizeof(Word) == 8) nvshmemx_qp_uint64_p(to, value, pe, queue_pair);
+        if constexpr (sizeof(Word) == 4) nvshmemx_qp_uint32_p(to, value, pe, queue_pair);
+#else
+        if constexpr (sizeof(Word) == 8) nvshmem_uint64_p(to, value, pe);
+        if constexpr (sizeof(Word) == 4) nvshmem_uint32_p(to, value, pe);
+#endif
+    }
 }
 
 // One thread: see Order above.

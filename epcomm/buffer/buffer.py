@@ -24,7 +24,9 @@ class Buffer(ThroughputOperations, LowLatencyOperations):
         num_rdma_bytes: bytes between nodes and for low latency, the same on all ranks;
             `get_low_latency_rdma_size_hint`. On CUDA low-latency operations need them; the host backend needs none.
         low_latency_mode: allow the low-latency operations.
-        num_qps_per_rank: queue pairs of RDMA connections; without a meaning in this release.
+        num_qps_per_rank: queue pairs to each rank of other nodes, the same on all ranks; on CUDA where NVSHMEM connects
+            nodes. The first such Buffer decides how many there are, at most 127. Twice as many as SMs keep these apart;
+            0 leaves it to NVSHMEM. See docs/cluster.md.
         allow_nvlink_for_low_latency_mode, allow_mnnvl: accepted as in DeepEP; without a meaning in this release.
         explicitly_destroy: the owner calls `destroy`; garbage collection does not.
         enable_shrink: a rank that does not answer a low-latency operation in time is masked instead of raising

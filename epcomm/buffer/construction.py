@@ -41,7 +41,7 @@ def agree_on_settings(
     seconds, check_routing = math.inf, False
     try:
         sizes = {name: settings[name] for name in ("num_nvl_bytes", "num_rdma_bytes")}
-        _check_settings(sizes, settings["backend"], ranks_per_node)
+        _check_settings(sizes, settings["num_qps_per_rank"], settings["backend"], ranks_per_node)
         seconds, check_routing = _timeout(timeout_s), env.get("EPCOMM_CHECK")
     except EpcommError as error:
         problem = error
@@ -69,6 +69,7 @@ def make_backend(
         num_network_bytes=int(settings["num_rdma_bytes"]),
         low_latency_mode=settings["low_latency_mode"],
         masks_on_timeout=settings["enable_shrink"],
+        num_queue_pairs=int(settings["num_qps_per_rank"]),
         timeout_s=timeout_s,
         device=device,
     )
@@ -89,12 +90,14 @@ def _agree(comm: Communicator, settings: dict[str, Any], problem: EpcommError | 
         raise RankMismatch("Buffer: ranks disagree", differing)
 
 
-def _check_settings(sizes: dict[str, Any], backend: str, ranks_per_node: int | None) -> None:
+def _check_settings(sizes: dict[str, Any], num_qps_per_rank: Any, backend: str, ranks_per_node: int | None) -> None:
     for name in env.VARIABLES:
         env.get(name)  # here, where all ranks hear of it, instead of in the middle of what follows
     for name, value in sizes.items():
         if not isinstance(value, int | np.integer) or value < 0:
             raise ShapeError(name, got=repr(value), wanted="a number of bytes, 0 or more")
+    if not isinstance(num_qps_per_rank, int | np.integer) or num_qps_per_rank < 0:
+        raise InputError("num_qps_per_rank", got=repr(num_qps_per_rank), wanted="a number of queue pairs, 0 or more")
     if ranks_per_node is not None and not isinstance(ranks_per_node, int | np.integer):
         raise ShapeError("ranks_per_node", got=repr(ranks_per_node), wanted="a number of ranks, or None")
     if backend not in _BACKENDS:

@@ -125,6 +125,7 @@ class BufferCore(Tuning):
             "backend": backend,
             "num_nvl_bytes": num_nvl_bytes,
             "num_rdma_bytes": num_rdma_bytes,
+            "num_qps_per_rank": num_qps_per_rank,
         }
         seconds, self._check_routing = agree_on_settings(
             self._comm, settings, ranks_per_node=ranks_per_node, timeout_s=timeout_s

@@ -54,8 +54,8 @@ class Messages(NamedTuple):
 def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int, is_staged: bool) -> Shape:
     """Stages for pieces from the ranks of a node and from the other nodes, at least `_PIECE_UNIT` bytes of each.
 
-    Half of the warps gather, and half of them answer. If answers are copied once more, warps are in about the proportion of
-    the rows that they read and write, with eight choices a token over all ranks.
+    Half of the warps gather, and half of them answer. If answers are copied once more, warps are in about the
+    proportion of the rows that they read and write, with eight choices a token over all ranks.
 
     Args:
         row_bytes: bytes of a row.

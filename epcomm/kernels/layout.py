@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
+
 import numpy as np
 
 from epcomm.config import NUM_LOW_LATENCY_SLOTS
@@ -11,6 +14,7 @@ __all__ = [
     "LOW_LATENCY_COMBINE",
     "LOW_LATENCY_DISPATCH",
     "MAX_LOCAL_EXPERTS",
+    "MAX_QUEUE_PAIRS",
     "MAX_RANKS",
     "MAX_TOPK",
     "NO_BLOCK",
@@ -18,11 +22,13 @@ __all__ = [
     "NUM_ENTRY_AGREED",
     "OPERATIONS",
     "PHASES",
+    "QUEUE_PAIRS_OFFSET",
     "REJECTED",
     "THROUGH_WINDOW",
     "UNIT",
     "WORKSPACE_BYTES",
     "MetadataLayout",
+    "queue_pairs_bytes",
     "round_up",
     "scales_offset",
 ]
@@ -33,6 +39,10 @@ MAX_LOCAL_EXPERTS = 1024
 NUM_AGREED, NUM_ENTRY_AGREED = 16, 12
 UNIT = 128  # bytes; offsets in a region travel in units of this
 WORKSPACE_BYTES = 2 << 20
+
+MAX_QUEUE_PAIRS = 127
+_QUEUE_PAIRS = struct.Struct(f"<I{MAX_QUEUE_PAIRS}i")
+QUEUE_PAIRS_OFFSET = WORKSPACE_BYTES - _QUEUE_PAIRS.size
 
 # What a rank says instead of the offset of a block.
 THROUGH_WINDOW, REJECTED, NO_BLOCK = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
@@ -85,6 +95,12 @@ assert HOST_PAGE.itemsize == 256 + 4096 + 2048 + 128 + 4096 + 128 + 1536 + 2048 
 def round_up(value: int, unit: int) -> int:
     """`value` rounded up to a multiple of `unit`."""
     return -(-value // unit) * unit
+
+
+def queue_pairs_bytes(handles: Sequence[int]) -> bytes:
+    """``QueuePairs`` of these handles; of more than `MAX_QUEUE_PAIRS`, the first ones."""
+    used = handles[:MAX_QUEUE_PAIRS]
+    return _QUEUE_PAIRS.pack(len(used), *used, *[0] * (MAX_QUEUE_PAIRS - len(used)))
 
 
 def scales_offset(num_rows: int, row_bytes: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from epcomm.errors import EpcommError, MissingDependency
 
-__all__ = ["call", "fill_zero", "in_context", "load", "status_of"]
+__all__ = ["call", "fill_zero", "in_context", "load", "status_of", "write"]
 
 PIP_LINE = "pip install 'epcomm[cuda13]' (or 'epcomm[cuda12]' for a driver of CUDA 12)"
 
@@ -56,13 +56,26 @@ def call(name: str, *args: Any) -> Any:
 
 
 def fill_zero(ptr: int, num_bytes: int) -> None:
-    """Fill memory of the current context's device with zero bytes; blocks the host until they are there.
+    """Fill memory of the current context's device with zero bytes; blocks the host until they are there."""
+    with _own_stream() as stream:
+        call("cuMemsetD8Async", ptr, 0, num_bytes, stream)
 
-    In a stream of its own: the legacy one waits for kernels of other streams, which may wait for this rank.
+
+def write(ptr: int, data: bytes) -> None:
+    """Copy `data` to memory of the current context's device; blocks the host until it is there."""
+    with _own_stream() as stream:
+        call("cuMemcpyHtoDAsync", ptr, data, len(data), stream)
+
+
+@contextmanager
+def _own_stream() -> Iterator[Any]:
+    """A stream for the body, whose work is done when it ends.
+
+    The legacy stream waits for kernels of other ones, which may wait for this rank.
     """
     stream = call("cuStreamCreate", int(load().CUstream_flags.CU_STREAM_NON_BLOCKING))
     try:
-        call("cuMemsetD8Async", ptr, 0, num_bytes, stream)
+        yield stream
         call("cuStreamSynchronize", stream)
     finally:
         status_of("cuStreamDestroy", stream)

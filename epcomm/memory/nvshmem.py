@@ -22,13 +22,14 @@ __all__ = ["NvshmemGroup", "nvshmem_group"]
 _lock = threading.Lock()
 
 
-def nvshmem_group(comm: Communicator, device: int, symmetric_bytes: int) -> NvshmemGroup:
+def nvshmem_group(comm: Communicator, device: int, symmetric_bytes: int, num_queue_pairs: int = 0) -> NvshmemGroup:
     """NVSHMEM among the ranks of `comm`. Collective, blocks the host; every rank raises if one fails.
 
     The first call of a job starts it: its set-up of transports may take seconds, and has no bound. Of NVSHMEM's
     environment variables those that the user has not set are set then, and stay: ``NVSHMEM_SYMMETRIC_SIZE`` (from
     `symmetric_bytes`), ``NVSHMEM_DISABLE_NVLS=1`` (nothing here uses multicast, which fails where ranks share a GPU),
-    and ``NVSHMEM_REMOTE_TRANSPORT=none`` where all ranks are on one host.
+    ``NVSHMEM_REMOTE_TRANSPORT=none`` where all ranks are on one host, and before version 3.5
+    ``NVSHMEM_IBGDA_NUM_RC_PER_PE`` (from `num_queue_pairs`).
 
     Args:
         comm: ranks that are processes, with one GPU each; several may share a GPU.
@@ -36,6 +37,9 @@ def nvshmem_group(comm: Communicator, device: int, symmetric_bytes: int) -> Nvsh
         symmetric_bytes: what the ranks will allocate, at least; the maximum over them counts. Of the first call it is
             the size of the heap; ``NVSHMEM_SYMMETRIC_SIZE`` makes that larger. Later calls allocate more where all
             ranks of the job take part.
+        num_queue_pairs: to each PE, for what kernels send through the network; the maximum over the ranks of the first
+            call counts, and of later calls nothing. 0: what NVSHMEM has by itself. From version 3.5 on they are made
+            here, and kernels choose from them, if some PE is behind a network; earlier ones choose themselves.
 
     Raises:
         UnsupportedOption: ranks that are threads; or NVSHMEM is there already, among other ranks or by somebody else.
@@ -53,7 +57,7 @@ def nvshmem_group(comm: Communicator, device: int, symmetric_bytes: int) -> Nvsh
             do="start the ranks with mpirun or `epcomm run`",
         )
     with _lock:
-        instance = start_or_join(comm, device, symmetric_bytes)
+        instance = start_or_join(comm, device, symmetric_bytes, num_queue_pairs)
     return NvshmemGroup(comm, instance, comm.allgather(instance.pe))
 
 
@@ -66,12 +70,14 @@ class NvshmemGroup:
         pe_of_rank: PE of each rank of the communicator.
         version: of NVSHMEM.
         device: CUDA device number.
+        queue_pairs: handles that kernels may choose from; empty: NVSHMEM chooses.
     """
 
     def __init__(self, comm: Communicator, instance: Instance, pe_of_rank: Sequence[int]) -> None:
         self._comm, self._instance = comm, instance
         self.pe, self.num_pes, self.pe_of_rank = instance.pe, instance.num_pes, tuple(pe_of_rank)
         self.version, self.device = instance.library.version(), instance.device
+        self.queue_pairs = instance.queue_pairs
 
     def __repr__(self) -> str:
         return f"NvshmemGroup({self._comm.size} of {self.num_pes} PEs, {STATUS_NAMES[self._instance.status]})"
@@ -92,7 +98,7 @@ class NvshmemGroup:
             CapacityError: the heap has no such part, and cannot grow.
         """
         heap = self._instance.heap
-        answers = self._comm.allgather((num_bytes, heap.taken))
+        answers = self._comm.allgather((num_bytes, heap.taken_for(self.pe_of_rank)))
         sizes = [size for size, _ in answers]
         if len(set(sizes)) > 1:
             raise RankMismatch("NVSHMEM, allocate", {"num_bytes": sizes})
@@ -105,7 +111,7 @@ class NvshmemGroup:
             part = first_fit(heap.sizes, taken, num_bytes)
         if part is None:
             raise no_room(num_bytes, largest_gap(heap.sizes, taken), sum(heap.sizes))
-        address = heap.take(part)
+        address = heap.take(part, self.pe_of_rank)
         failure: Exception | None = None
         try:
             with driver.in_context(self.device):
@@ -122,8 +128,8 @@ class NvshmemGroup:
     def free(self, address: int) -> None:
         """Give a part back. Local; never waits.
 
-        The caller knows that no rank of the communicator uses it any more, on the GPU either: what is under way to it
-        would be written into the memory of whoever gets it next.
+        It is given out again when all ranks of the communicator have given it back, to these and others, or when all of
+        them ask for memory together. The caller knows that nothing of this rank's own is under way to a peer's part.
 
         Raises:
             InputError: nothing was allocated at `address`, or it was freed.

@@ -36,22 +36,29 @@ class SymmetricHeap:
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self._bases: list[int] = []
-        self._taken: dict[int, Part] = {}
+        self._taken: dict[int, tuple[Part, frozenset[int]]] = {}  # by address, with the PEs that have it
+        self._given_back: list[tuple[Part, frozenset[int]]] = []
 
-    @property
-    def taken(self) -> list[Part]:
-        """What is given out."""
-        return list(self._taken.values())
+    def taken_for(self, pes: Iterable[int]) -> list[Part]:
+        """What these PEs, which are about to share a part, cannot have.
+
+        That is what is given out here, and of what was given back here that which others had, too: they may still write
+        to it. Of those who are asked each tells what it has itself.
+        """
+        asked = frozenset(pes)
+        others = [part for part, owners in self._given_back if not owners <= asked]
+        return [*(part for part, _ in self._taken.values()), *others]
 
     def add_block(self, base: int, num_bytes: int) -> None:
         """A new block at that address; on all PEs."""
         self._bases.append(base)
         self.sizes.append(num_bytes)
 
-    def take(self, part: Part) -> int:
-        """Give out a part that is free here; its address."""
+    def take(self, part: Part, pes: Iterable[int]) -> int:
+        """Give out a part that these PEs can have, to all of them; its address."""
         address = self._bases[part.block] + part.offset
-        self._taken[address] = part
+        self._taken[address] = part, frozenset(pes)
+        self._given_back = [earlier for earlier in self._given_back if not _overlap(earlier[0], part)]
         return address
 
     def free(self, address: int) -> None:
@@ -60,8 +67,15 @@ class SymmetricHeap:
         Raises:
             InputError: none does.
         """
-        if self._taken.pop(address, None) is None:
+        part = self._taken.pop(address, None)
+        if part is None:
             raise InputError("free", got=hex(address), wanted="an address that was allocated, and freed once")
+        self._given_back.append(part)
+
+
+def _overlap(one: Part, other: Part) -> bool:
+    first, second = sorted((one, other))
+    return first.block == second.block and second.offset < first.offset + first.num_bytes
 
 
 def first_fit(sizes: Sequence[int], taken: Iterable[Part], num_bytes: int) -> Part | None:

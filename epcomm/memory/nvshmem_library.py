@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from epcomm.errors import MissingDependency
 
-__all__ = ["STATUS_NAMES", "NvshmemLibrary", "Started"]
+__all__ = ["DEFAULT_QUEUE_PAIR", "STATUS_NAMES", "NvshmemLibrary", "QueuePairs", "Started"]
 
 # What nvshmemx_init_status says. MPG: several PEs on one GPU; limited: without collectives on teams.
 STATUS_NAMES = (
@@ -22,6 +22,8 @@ STATUS_NAMES = (
     "initialised, limited MPG",
     "initialised, full MPG",
 )
+
+DEFAULT_QUEUE_PAIR = 1  # NVSHMEMX_QP_DEFAULT, the handle for NVSHMEM's own choice
 
 _WITH_UNIQUE_ID = 1 << 3  # NVSHMEMX_INIT_WITH_UNIQUEID
 
@@ -67,6 +69,10 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "nvshmemx_cumodule_init": (_INT, (_ADDRESS,)),
     "nvshmemx_cumodule_finalize": (_INT, (_ADDRESS,)),
 }
+_HANDLES = ctypes.POINTER(_INT)
+_FUNCTIONS_SINCE_3_5: dict[str, tuple[object, tuple[object, ...]]] = {
+    "nvshmemx_qp_create": (_INT, (_INT, ctypes.POINTER(_HANDLES))),
+}
 
 
 class Started(NamedTuple):
@@ -81,11 +87,21 @@ class Started(NamedTuple):
         return self.code == 0 and self.status >= 2
 
 
+class QueuePairs(NamedTuple):
+    """What came of making queue pairs: the code that was returned (0: good), and their handles."""
+
+    code: int
+    handles: tuple[int, ...]
+
+
 class NvshmemLibrary:
     """The loaded library. Loading starts nothing.
 
     Args:
         path: of ``libnvshmem_host.so.3``; its plugins lie beside it.
+
+    Attributes:
+        has_queue_pairs: `create_queue_pairs` is there, as since 3.5.
 
     Raises:
         MissingDependency: it cannot be loaded.
@@ -94,7 +110,9 @@ class NvshmemLibrary:
     def __init__(self, path: Path) -> None:
         try:
             self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # its plugins use its symbols
-            for name, (result, arguments) in _FUNCTIONS.items():
+            self.has_queue_pairs = hasattr(self._library, "nvshmemx_qp_create")
+            functions = {**_FUNCTIONS, **(_FUNCTIONS_SINCE_3_5 if self.has_queue_pairs else {})}
+            for name, (result, arguments) in functions.items():
                 function = getattr(self._library, name)
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
@@ -149,6 +167,20 @@ class NvshmemLibrary:
     def ptr(self, address: int, pe: int) -> int:
         """Where this GPU's kernels reach that place of the PE's heap by plain loads and stores, 0: nowhere."""
         return int(self._library.nvshmem_ptr(address, pe) or 0)
+
+    def is_behind_network(self, address: int, pe: int) -> bool:
+        """Whether what kernels put at that place of the PE's heap goes through the network."""
+        return self.ptr(address, pe) == 0
+
+    def create_queue_pairs(self, count: int) -> QueuePairs:
+        """Make so many queue pairs to every PE; a handle is good for all of them.
+
+        Collective over all PEs, with the same `count`, without a bound; waits for all kernels of this GPU. Handles are
+        `DEFAULT_QUEUE_PAIR` where the transport has no queue pairs to be chosen from.
+        """
+        array = _HANDLES()  # its memory must stay, says NVSHMEM
+        code = int(self._library.nvshmemx_qp_create(count, ctypes.byref(array)))
+        return QueuePairs(code, () if code or not array else tuple(array[:count]))
 
     def register_module(self, module: int) -> int:
         """Fill the state of a ``CUmodule`` that is linked with the device library; 0: good."""

@@ -22,7 +22,7 @@ from epcomm.errors import BootstrapError, CapacityError, ForkedProcess, RankMism
 from epcomm.jit import installed_nvshmem
 from epcomm.memory import driver
 from epcomm.memory.nvshmem_heap import UNIT, SymmetricHeap
-from epcomm.memory.nvshmem_library import STATUS_NAMES, NvshmemLibrary
+from epcomm.memory.nvshmem_library import DEFAULT_QUEUE_PAIR, STATUS_NAMES, NvshmemLibrary
 from epcomm.memory.together import agree
 
 __all__ = ["Instance", "add_block", "dotted", "no_room", "start_or_join"]
@@ -46,6 +46,7 @@ class Instance:
         process: id of the process, which a fork does not have.
         heap: who has which part of the symmetric heap.
         modules: registered modules.
+        queue_pairs: handles of those that were made; none: NVSHMEM chooses from its own.
     """
 
     library: NvshmemLibrary
@@ -57,6 +58,7 @@ class Instance:
     process: int
     heap: SymmetricHeap = field(default_factory=SymmetricHeap)
     modules: set[int] = field(default_factory=set)
+    queue_pairs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class _Rank:
     version: tuple[int, int, int]
     name: str | None
     heap_bytes: int
+    num_queue_pairs: int
 
 
 _instance: Instance | None = None
@@ -74,12 +77,12 @@ _library: NvshmemLibrary | None = None
 _failure = ""  # of the start of this process, which cannot be repeated
 
 
-def start_or_join(comm: Communicator, device: int, heap_bytes: int) -> Instance:
+def start_or_join(comm: Communicator, device: int, heap_bytes: int, num_queue_pairs: int) -> Instance:
     """See `epcomm.memory.nvshmem.nvshmem_group`. Collective, blocks the host."""
     failure: Exception | None = None
     own: _Rank | None = None
     try:
-        own = _introduce(device, heap_bytes)
+        own = _introduce(device, heap_bytes, num_queue_pairs)
     except Exception as error:
         failure = error
     agree(comm, failure, "NVSHMEM", wanted="NVSHMEM on every rank")
@@ -101,7 +104,7 @@ def start_or_join(comm: Communicator, device: int, heap_bytes: int) -> Instance:
     return _instance
 
 
-def _introduce(device: int, symmetric_bytes: int) -> _Rank:
+def _introduce(device: int, symmetric_bytes: int, num_queue_pairs: int) -> _Rank:
     """Look at what this process has; the library is loaded, but nothing is started."""
     global _library
     if _failure:
@@ -123,21 +126,22 @@ def _introduce(device: int, symmetric_bytes: int) -> _Rank:
             raise BootstrapError("NVSHMEM", got=got, wanted="one version", do="look at what else this process imports")
         with driver.in_context(device):  # a rank that cannot do that must not keep the others waiting in the library
             pass
-        return _Rank(host_identity(), wheel.version, None, max(1, symmetric_bytes))
+        return _Rank(host_identity(), wheel.version, None, max(1, symmetric_bytes), num_queue_pairs)
     if _instance.process != os.getpid():
         raise ForkedProcess("NVSHMEM", got="a fork of the process that started it", do="start new processes instead")
     if _instance.device != device:
         got = f"cuda:{device}, started on cuda:{_instance.device}"
         raise UnsupportedOption("NVSHMEM", got=got, wanted="one GPU for a process", do="use the same device")
-    return _Rank(host_identity(), _instance.library.version(), _instance.name, 0)
+    return _Rank(host_identity(), _instance.library.version(), _instance.name, 0, 0)
 
 
 def _start(comm: Communicator, device: int, ranks: Sequence[_Rank]) -> Instance:
-    """Start NVSHMEM among the ranks of `comm`, and allocate its heap."""
+    """Start NVSHMEM among the ranks of `comm`, allocate its heap, and make queue pairs."""
     global _instance, _failure
     wanted = max(rank.heap_bytes for rank in ranks)
+    num_queue_pairs = max(rank.num_queue_pairs for rank in ranks)
     chosen = _bytes_of(env.lookup("NVSHMEM_SYMMETRIC_SIZE")) or 0
-    _set_environment(wanted, is_one_host=len({rank.host for rank in ranks}) == 1)
+    _set_environment(wanted, num_queue_pairs, is_one_host=len({rank.host for rank in ranks}) == 1)
     failure: Exception | None = None
     try:
         _instance = _bootstrap(comm, device)
@@ -150,7 +154,9 @@ def _start(comm: Communicator, device: int, ranks: Sequence[_Rank]) -> Instance:
         raise
     assert _instance is not None
     try:
-        add_block(comm, _instance, sorted({wanted, *comm.allgather(max(wanted, chosen))}, reverse=True))
+        start = add_block(comm, _instance, sorted({wanted, *comm.allgather(max(wanted, chosen))}, reverse=True))
+        if num_queue_pairs > 0 and _instance.library.has_queue_pairs:
+            _make_queue_pairs(comm, _instance, start, num_queue_pairs)
     except BaseException as error:
         _failure = str(error)
         raise
@@ -181,17 +187,45 @@ def _bootstrap(comm: Communicator, device: int) -> Instance:
     return Instance(_library, name, pe, num_pes, device, started.status, os.getpid())
 
 
-def _set_environment(heap_bytes: int, *, is_one_host: bool) -> None:
+def _set_environment(heap_bytes: int, num_queue_pairs: int, *, is_one_host: bool) -> None:
     """Options that NVSHMEM reads when it starts; those that the user has set stay."""
+    assert _library is not None
     size = -(-(heap_bytes + UNIT) // _PAGE) * _PAGE
     defaults = {"NVSHMEM_SYMMETRIC_SIZE": str(size), "NVSHMEM_DISABLE_NVLS": "1"}
+    if num_queue_pairs > 0 and not _library.has_queue_pairs:
+        # Where they are made, these would come on top, unused, and each takes some hundred kilobytes of the GPU.
+        defaults["NVSHMEM_IBGDA_NUM_RC_PER_PE"] = str(num_queue_pairs)
     if is_one_host:
         defaults["NVSHMEM_REMOTE_TRANSPORT"] = "none"  # else it looks for NICs, and fails where a plugin is missing
     env.provide(defaults)
 
 
-def add_block(comm: Communicator, instance: Instance, sizes: Sequence[int]) -> None:
+def _make_queue_pairs(comm: Communicator, instance: Instance, heap: int, count: int) -> None:
+    """Make `count` queue pairs to every PE, if anything in the heap, which starts there, goes through the network."""
+    library = instance.library
+    with driver.in_context(instance.device):
+        is_in_use = any(library.is_behind_network(heap, pe) for pe in range(instance.num_pes))
+        # All or none: making them is collective. On one host NVSHMEM would say in a warning that it has made none.
+        if not any(comm.allgather(is_in_use)):
+            return
+        made = library.create_queue_pairs(count)
+    failure: Exception | None = None
+    if made.code:
+        failure = BootstrapError(
+            f"NVSHMEM {dotted(library.version())}, {count} queue pairs to each of {instance.num_pes} PEs",
+            got=f"code {made.code}",
+            do="pass a smaller num_qps_per_rank, 0 for those that NVSHMEM has anyway; set NVSHMEM_DEBUG=INFO and read "
+            "what it says",
+        )
+    agree(comm, failure, "NVSHMEM, queue pairs", wanted="them on every rank")
+    instance.queue_pairs = tuple(handle for handle in made.handles if handle != DEFAULT_QUEUE_PAIR)
+
+
+def add_block(comm: Communicator, instance: Instance, sizes: Sequence[int]) -> int:
     """Let the heap grow by the first of `sizes` for which there is room; collective over all PEs.
+
+    Returns:
+        Where the new block starts.
 
     Raises:
         CapacityError: there is room for none of them. On all ranks.
@@ -203,9 +237,9 @@ def add_block(comm: Communicator, instance: Instance, sizes: Sequence[int]) -> N
         starts = comm.allgather(start)
         if all(starts):
             # One step for all, or parts at the same offset were not symmetric; all heaps start at a page.
-            step = -max(address % UNIT for address in starts) % UNIT
+            step: int = -max(address % UNIT for address in starts) % UNIT
             instance.heap.add_block(start + step, num_bytes)
-            return
+            return start + step
     raise no_room(sizes[-1], 0, sum(instance.heap.sizes))
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
-from helpers import checks, internode
+from helpers import checks, emulated_nvshmem, internode
 from helpers.calls import TIMEOUT_S, error_of
 from helpers.cases import (
     CASES,
@@ -19,7 +20,7 @@ from helpers.cases import (
     row_major_scales,
 )
 from helpers.frames import CUPY, assign, down
-from helpers.gpu import busy, need_gpu
+from helpers.gpu import busy, emulated, need_gpu
 from helpers.nvrtc import needs_nvshmem
 
 from epcomm import Buffer
@@ -98,6 +99,24 @@ def test_case(buffer_of, case):
 @placing_cases
 def test_case_with_one_rank_a_node(buffer_of, case):
     checks.round_trip(buffer_of(1), case.inputs(4))
+
+
+@pytest.mark.skipif(not emulated(), reason="NVSHMEM does not tell which queue pairs were used")
+@pytest.mark.ranks(4)
+def test_all_goes_through_the_queue_pairs_of_the_buffer(buffer_of, transport):
+    """Messages through one half of them, words through the other one, and nothing past them."""
+    if transport != "nvshmem":
+        pytest.skip("only NVSHMEM has queue pairs")
+    buffer = buffer_of(2)
+    checks.round_trip(buffer, UNIFORM.inputs(4))
+    states = [emulated_nvshmem.State.of_module(module) for module in buffer._backend._job.launch.modules]
+    assert {state.num_queue_pairs for state in states} == {24}
+    messages = np.sum([list(state.num_messages) for state in states], axis=0)
+    words = np.sum([list(state.num_words) for state in states], axis=0)
+    assert [state.num_by_default for state in states] == [0] * len(states)
+    assert (messages[:12] > 0).sum() > 1
+    assert (words[12:24] > 0).sum() > 1
+    assert messages[12:].sum() == words[:12].sum() == 0
 
 
 @pytest.mark.ranks(8)

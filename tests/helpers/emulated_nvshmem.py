@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epcomm.jit import compiler
-from epcomm.jit.nvshmem_wheel import MIN_VERSION, NvshmemWheel
+from epcomm.jit.nvshmem_wheel import NvshmemWheel
 from epcomm.memory import nvshmem_start
-from epcomm.memory.nvshmem_library import Started
+from epcomm.memory.nvshmem_library import QueuePairs, Started
 
 __all__ = ["State", "install"]
 
+VERSION = (3, 5, 0)  # with queue pairs
+MAX_QUEUE_PAIRS = 128
 HEAP_BYTES = 1 << 30  # of addresses: pages come with their first use
 MAX_PES = 64
 LIMIT_S = 60.0
@@ -31,7 +33,7 @@ def install() -> None:
     """Does nothing where there is no emulated GPU."""
     if importlib.util.find_spec("emulated_gpu") is None:
         return
-    compiler.find_nvshmem = lambda cuda_major: _Wheel(Path(__file__).parent, MIN_VERSION)
+    compiler.find_nvshmem = lambda cuda_major: _Wheel(Path(__file__).parent, VERSION)
     nvshmem_start.NvshmemLibrary = EmulatedLibrary
 
 
@@ -50,18 +52,32 @@ class State(ctypes.Structure):
         ("num_pes", ctypes.c_int32),
         ("heap_bytes", ctypes.c_uint64),
         ("heap", ctypes.c_uint64 * MAX_PES),
+        ("num_queue_pairs", ctypes.c_int32),
+        ("queue_pair", ctypes.c_int32 * MAX_QUEUE_PAIRS),
+        ("num_messages", ctypes.c_uint32 * MAX_QUEUE_PAIRS),
+        ("num_words", ctypes.c_uint32 * MAX_QUEUE_PAIRS),
+        ("num_by_default", ctypes.c_uint32),
     )
+
+    @classmethod
+    def of_module(cls, module: int) -> State:
+        """That of a loaded module, as it is now."""
+        from emulated_gpu import modules
+
+        return cls.in_dll(modules._modules[module], "emulated_nvshmem")
 
 
 class EmulatedLibrary:
     """Stands in for `NvshmemLibrary`."""
+
+    has_queue_pairs = True
 
     def __init__(self, path: Path) -> None:
         self._status, self._used_bytes = 0, 512
         self._state = State(heap_bytes=HEAP_BYTES)
 
     def version(self) -> tuple[int, int, int]:
-        return MIN_VERSION
+        return VERSION
 
     def status(self) -> int:
         return self._status
@@ -108,11 +124,17 @@ class EmulatedLibrary:
     def ptr(self, address: int, pe: int) -> int:
         return int(address - self._state.heap[self._state.pe] + self._state.heap[pe])
 
-    def register_module(self, module: int) -> int:
-        from emulated_gpu import modules
+    def is_behind_network(self, address: int, pe: int) -> bool:
+        return pe != self._state.pe  # see emulator/network.h: what is put arrives late
 
+    def create_queue_pairs(self, count: int) -> QueuePairs:
+        handles = [self.num_pes() * (2 + number) for number in range(count)]
+        self._state.num_queue_pairs, self._state.queue_pair[:count] = count, handles
+        return QueuePairs(_CODES["good"], tuple(handles))
+
+    def register_module(self, module: int) -> int:
         try:
-            state = State.in_dll(modules._modules[module], "emulated_nvshmem")
+            state = State.of_module(module)
         except ValueError:
             return _CODES["bad"]
         ctypes.memmove(ctypes.addressof(state), ctypes.addressof(self._state), ctypes.sizeof(State))

@@ -229,6 +229,8 @@ def test_nodes_that_do_not_fit_raise_on_all_ranks(comm, monkeypatch):
         Buffer(comm, ranks_per_node=3)
     with pytest.raises(RankMismatch, match="ranks_per_node"):
         Buffer(comm, ranks_per_node=1 + comm.rank // 2)
+    with pytest.raises(RankMismatch, match=r"num_qps_per_rank = 24 \(rank 0\)"):
+        Buffer(comm, num_qps_per_rank=24 + comm.rank)
     monkeypatch.setattr(topology, "host_identity", lambda: f"host {comm.rank // 3}")
     with pytest.raises(ShapeError, match="ranks per host"):
         Buffer(comm)

@@ -39,6 +39,7 @@ def test_a_start_without_a_gpu_fails_on_all_ranks(comm: Communicator, monkeypatc
     library = nvshmem_start._library
     assert library is not None
     assert library.version() == nvshmem_version()
+    assert library.has_queue_pairs == (nvshmem_version() >= (3, 5))
     if library.status() == 1:  # the ranks have met
         assert (library.my_pe(), library.num_pes()) == (comm.rank, comm.size)
     with pytest.raises(BootstrapError, match="got an earlier start that failed"):

@@ -40,6 +40,16 @@ WRONG_SETTINGS = {
         ShapeError,
         "^num_rdma_bytes: got 1.5; wanted a number of",
     ),
+    "negative_queue_pairs": (
+        {"num_qps_per_rank": -1},
+        InputError,
+        "^num_qps_per_rank: got -1; wanted a number of queue pairs, 0 or more",
+    ),
+    "queue_pairs_of_wrong_type": (
+        {"num_qps_per_rank": "24"},
+        InputError,
+        "^num_qps_per_rank: got '24'; wanted a number",
+    ),
     "timeout_0": ({"timeout_s": 0}, InputError, "^timeout_s: got 0; wanted a number of seconds, more than 0"),
     "timeout_nan": ({"timeout_s": float("nan")}, InputError, "^timeout_s: got nan; wanted a number of seconds"),
     "timeout_for_ever": ({"timeout_s": float("inf")}, InputError, "^timeout_s: got inf; wanted a number of seconds"),

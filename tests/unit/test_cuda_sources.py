@@ -12,7 +12,7 @@ from helpers.elf import symbols
 from helpers.nvrtc import NVSHMEM_ARCHITECTURES, compile_cubin, needs_nvrtc, needs_nvshmem
 
 from epcomm.errors import CompileError
-from epcomm.jit.compiler import compile_program
+from epcomm.jit.compiler import compile_program, nvshmem_version
 from epcomm.jit.source import cuda_src_dir, source_files
 
 ARCHITECTURES = ("80", "90", "100")
@@ -99,6 +99,16 @@ def test_header_compiles_and_links(path: str) -> None:
 @pytest.mark.parametrize("program", programs(nvshmem=True), ids=str)
 def test_program_compiles_and_links(program, architecture: str) -> None:
     assert_is_linked(compile_program(program, architecture))
+
+
+@needs_nvshmem
+def test_kernels_choose_queue_pairs_where_nvshmem_has_them() -> None:
+    has_queue_pairs = str(nvshmem_version() >= (3, 5)).lower()
+    compile_cubin(
+        f'#include "transport/nvshmem.cuh"\nstatic_assert(epcomm::nvshmem::kHasQueuePairs == {has_queue_pairs});\n',
+        "90",
+        nvshmem=True,
+    )
 
 
 def test_programs_say_whether_they_need_nvshmem() -> None:

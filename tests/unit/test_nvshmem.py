@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import ctypes
 import os
 import random
 import threading
@@ -27,11 +27,12 @@ from epcomm.errors import (
 from epcomm.memory import driver, nvshmem_start
 from epcomm.memory.nvshmem import NvshmemGroup, nvshmem_group
 from epcomm.memory.nvshmem_heap import UNIT, Part, SymmetricHeap, first_fit, largest_gap
-from epcomm.memory.nvshmem_library import NvshmemLibrary, Started
+from epcomm.memory.nvshmem_library import DEFAULT_QUEUE_PAIR, NvshmemLibrary, QueuePairs, Started
 from epcomm.memory.nvshmem_start import Instance
 
 MIB = 1 << 20
-VARIABLES = ("NVSHMEM_SYMMETRIC_SIZE", "NVSHMEM_DISABLE_NVLS", "NVSHMEM_REMOTE_TRANSPORT")
+QUEUE_PAIRS = "NVSHMEM_IBGDA_NUM_RC_PER_PE"
+VARIABLES = ("NVSHMEM_SYMMETRIC_SIZE", "NVSHMEM_DISABLE_NVLS", "NVSHMEM_REMOTE_TRANSPORT", QUEUE_PAIRS)
 SOLO = SoloCommunicator()
 
 
@@ -45,6 +46,9 @@ class FakeLibrary:
         self._status = 0
         self._next = (1 + pe) * (1 << 40) + 16
         self.environment: dict[str, str | None] = {}
+        self.has_queue_pairs = False
+        self.made = QueuePairs(0, (2, 4, 6))
+        self.behind_network: set[int] = set()
 
     def version(self):
         return 3, 4, 5
@@ -77,6 +81,14 @@ class FakeLibrary:
 
     def ptr(self, address, pe):
         return 0 if pe == 3 else address + (pe << 40)
+
+    def is_behind_network(self, address, pe):
+        assert address == (1 + self.pe) * (1 << 40) + UNIT  # of its own heap
+        return pe in self.behind_network
+
+    def create_queue_pairs(self, count):
+        self.calls.append(("queue pairs", count))
+        return self.made
 
     def register_module(self, module):
         self.calls.append(("register", module))
@@ -126,34 +138,48 @@ def test_the_first_gap_that_is_large_enough_is_taken():
     assert (first_fit([], [], 1), largest_gap([], [])) == (None, 0)
 
 
+def overlap(one: Part, other: Part) -> bool:
+    return one.block == other.block and max(one.offset, other.offset) < min(
+        one.offset + one.num_bytes, other.offset + other.num_bytes
+    )
+
+
 @settings(deadline=None)
 @given(st.data())
-def test_parts_of_overlapping_groups_never_overlap(data):
-    """Four PEs, groups of some of them, in the order in which one program makes and drops them."""
+def test_no_part_is_given_out_where_another_group_may_write(data):
+    """Four PEs, groups of some of them that share a part; each of them gives it back when it likes."""
     heaps = [SymmetricHeap() for _ in range(4)]
     for pe, heap in enumerate(heaps):
         heap.add_block((1 + pe) << 40, 40 * UNIT)
         heap.add_block((1 + pe) << 41, 20 * UNIT)
-    live: list[tuple[frozenset[int], Part, list[int]]] = []
-    for _ in range(data.draw(st.integers(1, 30))):
+    groups: list[tuple[frozenset[int], Part, dict[int, int]]] = []  # PEs, part, addresses where it was not given back
+    for _ in range(data.draw(st.integers(1, 40))):
+        live = [addresses for _, _, addresses in groups if addresses]
         if live and data.draw(st.booleans()):
-            pes, _, addresses = live.pop(data.draw(st.integers(0, len(live) - 1)))
-            for pe, address in zip(sorted(pes), addresses, strict=True):
-                heaps[pe].free(address)
+            addresses = data.draw(st.sampled_from(live))
+            pe = data.draw(st.sampled_from(sorted(addresses)))
+            heaps[pe].free(addresses.pop(pe))
             continue
         pes = data.draw(st.frozensets(st.integers(0, 3), min_size=1))
-        taken = [part for pe in pes for part in heaps[pe].taken]
-        shuffled = random.Random(len(live)).sample(taken, len(taken))
+        taken = [part for pe in pes for part in heaps[pe].taken_for(pes)]
+        shuffled = random.Random(len(groups)).sample(taken, len(taken))
         part = first_fit(heaps[0].sizes, taken, data.draw(st.integers(1, 20 * UNIT)))
         if part is None:
             continue
         assert first_fit(heaps[0].sizes, shuffled, part.num_bytes) == part
-        live.append((pes, part, [heaps[pe].take(part) for pe in sorted(pes)]))
-    for pe, heap in enumerate(heaps):
-        own = sorted(part for pes, part, _ in live if pe in pes)
-        assert sorted(heap.taken) == own
-        for before, after in itertools.pairwise(own):
-            assert before.block < after.block or before.offset + before.num_bytes <= after.offset
+        for others, theirs, addresses in groups:
+            assert not (addresses and others & pes and overlap(part, theirs))
+        groups.append((pes, part, {pe: heaps[pe].take(part, pes) for pe in pes}))
+
+
+def test_a_part_is_had_again_by_those_who_had_it():
+    heap = SymmetricHeap()
+    heap.add_block(1 << 40, 4 * UNIT)
+    address = heap.take(Part(0, 0, 4 * UNIT), (0, 1))
+    assert first_fit(heap.sizes, heap.taken_for((0, 1)), UNIT) is None
+    heap.free(address)
+    assert first_fit(heap.sizes, heap.taken_for((0, 1, 2)), UNIT) == Part(0, 0, UNIT)
+    assert first_fit(heap.sizes, heap.taken_for((0,)), UNIT) is None  # PE 1 may still use it
 
 
 # -- the start ----------------------------------------------------------------------------------------------------
@@ -166,6 +192,7 @@ def test_the_first_call_starts_it_and_later_ones_join(library, filled):
         "NVSHMEM_SYMMETRIC_SIZE": str(2 * MIB),
         "NVSHMEM_DISABLE_NVLS": "1",
         "NVSHMEM_REMOTE_TRANSPORT": "none",
+        QUEUE_PAIRS: None,
     }
     assert (group.pe, group.num_pes, group.pe_of_rank, group.version, group.device) == (0, 1, (0,), (3, 4, 5), 3)
     assert repr(group) == "NvshmemGroup(1 of 1 PEs, initialised)"
@@ -266,21 +293,107 @@ def test_ranks_that_are_threads():
     ids=["versions", "newcomer", "other_start", "error"],
 )
 def test_ranks_that_differ_raise_together(ranks, error, words, monkeypatch):
-    def introduce(device, heap_bytes):
+    def introduce(device, heap_bytes, num_queue_pairs):
         if ranks[device] is None:
             raise MissingDependency("not here")
         name, version = ranks[device]
-        return nvshmem_start._Rank("host", version, name, heap_bytes)
+        return nvshmem_start._Rank("host", version, name, heap_bytes, num_queue_pairs)
 
     monkeypatch.setattr(nvshmem_start, "_introduce", introduce)
 
     def program(comm):
         own = MissingDependency if ranks[comm.rank] is None else error
         with pytest.raises(own, match="not here" if ranks[comm.rank] is None else words):
-            nvshmem_start.start_or_join(comm, comm.rank, MIB)
+            nvshmem_start.start_or_join(comm, comm.rank, MIB, 0)
         comm.barrier()
 
     run_local(len(ranks), program)
+
+
+# -- queue pairs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wanted", "chosen", "found"), [(24, None, "24"), (24, "3", "3"), (0, None, None)])
+def test_a_library_without_queue_pairs_is_told_how_many_to_have(wanted, chosen, found, library, monkeypatch):
+    library.behind_network = {0}
+    if chosen is not None:
+        monkeypatch.setenv(QUEUE_PAIRS, chosen)
+    group = nvshmem_group(SOLO, 0, MIB, wanted)
+    assert library.environment[QUEUE_PAIRS] == found
+    assert [call[0] for call in library.calls] == ["start", "malloc"]
+    assert group.queue_pairs == ()
+
+
+def test_queue_pairs_are_made_once(library):
+    library.has_queue_pairs, library.behind_network = True, {0}
+    group = nvshmem_group(SOLO, 0, MIB, 3)
+    assert library.environment[QUEUE_PAIRS] is None  # they would come on top
+    assert library.calls == [("start", bytes(128), 0, 1), ("malloc", MIB + UNIT), ("queue pairs", 3)]
+    assert group.queue_pairs == (2, 4, 6)
+    assert nvshmem_group(SOLO, 0, MIB, 5).queue_pairs == (2, 4, 6)
+    assert len(library.calls) == 3
+
+
+@pytest.mark.parametrize(("wanted", "behind_network"), [(0, {0}), (3, set())], ids=["none_wanted", "nothing_to_cross"])
+def test_queue_pairs_that_nobody_would_use(wanted, behind_network, library):
+    library.has_queue_pairs, library.behind_network = True, behind_network
+    assert nvshmem_group(SOLO, 0, MIB, wanted).queue_pairs == ()
+    assert [call[0] for call in library.calls] == ["start", "malloc"]
+    assert library.environment[QUEUE_PAIRS] is None
+
+
+def test_a_transport_without_queue_pairs(library):
+    library.has_queue_pairs, library.behind_network = True, {0}
+    library.made = QueuePairs(0, (DEFAULT_QUEUE_PAIR,) * 3)
+    assert nvshmem_group(SOLO, 0, MIB, 3).queue_pairs == ()
+
+
+def test_queue_pairs_that_cannot_be_made(library):
+    library.has_queue_pairs, library.behind_network = True, {0}
+    library.made = QueuePairs(7, ())
+    words = r"3 queue pairs to each of 1 PEs: got code 7; pass a smaller num_qps_per_rank"
+    with pytest.raises(BootstrapError, match=rf"^NVSHMEM 3\.4\.5, {words}"):
+        nvshmem_group(SOLO, 0, MIB, 3)
+    with pytest.raises(BootstrapError, match=rf"got an earlier start that failed \(.*{words}"):
+        nvshmem_group(SOLO, 0, MIB, 3)
+
+
+def test_all_ranks_make_queue_pairs_or_none_and_fail_together():
+    """Rank 1 alone sees a PE behind the network, and fails when all have made them."""
+    made = instances(2)
+    made[1].library.behind_network, made[1].library.made = {0}, QueuePairs(7, ())
+
+    def program(comm):
+        instance = made[comm.rank]
+        error = "code 7" if comm.rank else "on rank 1: .*code 7"
+        with pytest.raises(BootstrapError, match=error):
+            nvshmem_start._make_queue_pairs(comm, instance, ((1 + comm.rank) << 40) + UNIT, 3)
+        return instance.queue_pairs, instance.library.calls
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "in_context", lambda device: contextlib.nullcontext())
+        assert run_local(2, program) == [((), [("queue pairs", 3)])] * 2
+
+
+def test_the_most_that_a_rank_of_the_start_wants(library, monkeypatch):
+    library.has_queue_pairs, library.behind_network = True, {0}
+    ranks = [nvshmem_start._Rank("host", (3, 5, 0), None, MIB, wanted) for wanted in (2, 7, 3)]
+    nvshmem_start._start(SOLO, 0, ranks)
+    assert library.calls[-1] == ("queue pairs", 7)
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_handles_are_read_from_the_library(code):
+    array = (ctypes.c_int * 3)(8, 16, 24)
+
+    def create(count, out):
+        if code == 0:
+            ctypes.cast(out, ctypes.POINTER(ctypes.c_void_p))[0] = ctypes.addressof(array)
+        return code if count == 3 else -1
+
+    library = NvshmemLibrary.__new__(NvshmemLibrary)
+    library._library = SimpleNamespace(nvshmemx_qp_create=create)
+    assert library.create_queue_pairs(3) == (code, () if code else (8, 16, 24))
 
 
 # -- groups -------------------------------------------------------------------------------------------------------

@@ -187,8 +187,8 @@ def test_bytes_of_all_experts_on_two_nodes():
     assert dispatch.row_bytes == combine.row_bytes == 16 * 2048
     assert dispatch.nvlink_bytes == 2 * 16 * (2048 + beside)
     assert combine.nvlink_bytes == 2 * 16 * 2048
-    # Eight messages of 2 rows: where each goes, a line of 128 bytes. Two of 8 of what is beside: 2 places, 8 indices and
-    # weights, the source. A word for each of them there, and one back. To both ranks counts, with a word, and four
+    # Eight messages of 2 rows: where each goes, 128 bytes. Two of 8 of what is beside: 2 places, 8 indices and weights,
+    # the source. A word for each of them there, and one back. To both ranks counts, with a word, and four
     # words as the call begins.
     counts = 2 * (8 * (32 + 16 + 2 + 2) + 8)
     assert dispatch.other_bytes == 16 * (128 + 8 + 64 + 32 + 8) + 2 * 8 * 10 + counts + 2 * 4 * 8
@@ -344,7 +344,7 @@ def test_default_report(capsys, tmp_path):
 def test_other_reports(options, capsys):
     assert cli.main(["plan", *options]) == 0
     text = capsys.readouterr().out
-    assert ("does not cross hosts yet" in text) == ("--nodes=1" not in options)
+    assert ("has not met a network yet" in text) == ("--nodes=1" not in options)
     # The hints count 8 ranks a node.
     assert ("rdma hint is too small for 3 nodes" in text) == ("--nodes=3" in options)
 

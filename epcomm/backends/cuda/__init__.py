@@ -1,4 +1,4 @@
-"""The CUDA backend: ranks of one node whose kernels address each other's memory."""
+"""The CUDA backend: ranks whose kernels address each other's memory, or reach it through NVSHMEM."""
 
 from epcomm.backends.cuda.backend import CudaBackend
 from epcomm.backends.cuda.settings import Settings

@@ -23,9 +23,9 @@ from epcomm.jit import Program, current_device, device_architecture, load_cupy, 
 from epcomm.kernels import programs_of
 from epcomm.kernels.arguments import comm_bytes
 from epcomm.kernels.layout import UNIT
-from epcomm.kernels.rings import Rings
 from epcomm.kernels.window import Window
 from epcomm.memory import BlockPool, CudaTimeline, LocalPool, close_or_park, sweep
+from epcomm.memory.together import agree
 
 __all__ = ["Job"]
 
@@ -86,7 +86,6 @@ class Job:
         self._plans: dict[tuple[Any, ...], Any] = {}
         self._region_owner: Callable[[], object] = lambda: None
         self._is_closed = False
-        comm.barrier()
 
     def _prepare(self, cubins: Mapping[Program, bytes], architecture: str, timeout_s: float) -> None:
         """What this rank does by itself."""
@@ -104,19 +103,28 @@ class Job:
         self.launch = Launcher(cubins, architecture, self.device, has_nodes, self._has_network, self._scratch.ptr)
 
     def _share_memory(self, topology: Topology, cubins: Mapping[Program, bytes], settings: Settings) -> None:
-        timeout_ns = int(settings.timeout_s * 1e9)
-        self._regions = regions = Regions(self.comm, topology, settings, self.device, self._has_network)
+        """Memory of all ranks, and what each then does by itself with its kernels. Collective."""
+        self._regions = Regions(self.comm, topology, settings, self.device, self._has_network)
+        failure: Exception | None = None
+        try:
+            self._use_memory(self._regions, cubins, settings)
+        except Exception as error:  # the others wait for this rank
+            failure = error
+        try:
+            agree(self.comm, failure, "Buffer", wanted="kernels on every rank")
+        except BaseException:
+            self._regions.close()
+            raise
+
+    def _use_memory(self, regions: Regions, cubins: Mapping[Program, bytes], settings: Settings) -> None:
         regions.register(self.launch.modules)
-        self.rings: Rings | None = None
-        if self.num_nodes > 1:
-            where = (regions.rings_offset, regions.rings_bytes, self.rank, self.ranks_per_node, self.num_nodes)
-            self.rings = Rings(*where, is_staged=self._has_network)
+        self.rings = regions.rings
         self.base = regions.bases[self.rank]
         self.arena_offset, self.arena_bytes = regions.arena_offset, regions.arena_bytes
         start, may_synchronize = self.base + self.arena_offset, not self.in_process
         self.arena = BlockPool(start, self.arena_bytes, self.timeline, may_synchronize=may_synchronize)
         addresses = (regions.bases, regions.control, regions.pes, self.page.address)
-        fixed = comm_bytes(*addresses, regions.region_bytes, timeout_ns, self.rank)
+        fixed = comm_bytes(*addresses, regions.region_bytes, int(settings.timeout_s * 1e9), self.rank)
         self.launch.set_comm(fixed)
         self.has_low_latency = settings.low_latency_mode
         if settings.low_latency_mode:
@@ -203,12 +211,7 @@ class Job:
             close_or_park(self.outputs, self.outputs.release)
             # After a failure late peers may still write: keep the memory until the process ends.
             if not self.page.failed and self._region_owner() is None:
-                close_or_park(self.arena, self._close_memory)
-
-    def _close_memory(self) -> None:
-        self._regions.close()
-        if self.has_low_latency:
-            self.low_latency.close()
+                close_or_park(self.arena, self._regions.close)
 
 
 class _RegionOwner:

@@ -17,6 +17,7 @@ class Settings:
         num_network_bytes: bytes of its rings for what goes to and comes from other nodes, if there are several.
         low_latency_mode: low-latency operations are wanted.
         masks_on_timeout: in them, ranks that do not come in time are masked.
+        num_queue_pairs: to each rank of other nodes. 0: what NVSHMEM has by itself.
         timeout_s: bound of the waits on the GPU.
         device: CUDA device number, or None.
     """
@@ -26,5 +27,6 @@ class Settings:
     num_network_bytes: int
     low_latency_mode: bool
     masks_on_timeout: bool
+    num_queue_pairs: int
     timeout_s: float
     device: int | None

@@ -12,7 +12,6 @@ from epcomm.kernels import low_latency_combine, low_latency_dispatch, low_latenc
 from epcomm.kernels.arguments import Arguments
 from epcomm.kernels.layout import LOW_LATENCY_COMBINE, LOW_LATENCY_DISPATCH, MAX_RANKS
 from epcomm.kernels.low_latency import THREADS, Slot
-from epcomm.memory import SymmetricMemory
 
 __all__ = ["LowLatency", "LowLatencyLauncher", "Ring"]
 
@@ -200,7 +199,6 @@ class LowLatency:
         self.pulls = Pulls()
         self._regions, self._rank = regions, rank
         self.masks_on_timeout = masks_on_timeout
-        self._buffers: list[SymmetricMemory] = []  # the last one is in use; graphs have the addresses of the others
         self._buffer_bytes = 0
         # By slot and rank: address of the combine buffer, 0 if there is none within reach. Calls keep the lists.
         self.combine_addresses = [[0] * MAX_RANKS for _ in slots]
@@ -224,8 +222,7 @@ class LowLatency:
                     do="call it once for the largest handle before the capture",
                 )
             total = NUM_LOW_LATENCY_SLOTS * num_bytes
-            bases, memory = self._regions.share(total)
-            self._buffers.append(memory)
+            bases = self._regions.share(total)  # graphs have the addresses of earlier ones: they stay
             self._buffer_bytes = num_bytes
             nobody = [0] * (MAX_RANKS - len(bases))
             self.combine_addresses = [
@@ -245,8 +242,3 @@ class LowLatency:
         self.dispatches.forget()
         self.combines.forget()
         self.pulls.forget()
-
-    def close(self) -> None:
-        """Unmap the combine buffers. Local."""
-        for memory in self._buffers:
-            memory.close()

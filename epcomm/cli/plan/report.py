@@ -173,4 +173,4 @@ def _notes(plans: Sequence[Plan]) -> Iterator[str]:
     if any(plan.job.num_ranks > MAX_RANKS for plan in plans):
         yield f"The CUDA backend has at most {MAX_RANKS} ranks so far; beyond, its kernels would have to change."
     if _several(plans):
-        yield "The CUDA backend does not cross hosts yet; docs/cluster.md says what runs."
+        yield "The CUDA backend has not met a network yet; docs/cluster.md says what has run."

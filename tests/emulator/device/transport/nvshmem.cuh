@@ -10,11 +10,15 @@
 namespace emulator {
 
 inline constexpr int kMaxPes = 64;
+inline constexpr int kMaxQueuePairs = 128;
 
 struct Nvshmem {
     epcomm::int32_t pe, num_pes;
     epcomm::uint64_t heap_bytes;
     epcomm::uint64_t heap[kMaxPes];  // by PE: address of its heap in this process
+    epcomm::int32_t num_queue_pairs, queue_pair[kMaxQueuePairs];  // handles
+    epcomm::uint32_t num_messages[kMaxQueuePairs], num_words[kMaxQueuePairs];  // that went through each
+    epcomm::uint32_t num_by_default;  // through none of them
 };
 
 }  // namespace emulator
@@ -36,24 +40,40 @@ template <typename T> T* in_heap_of(T* address, epcomm::uint64_t num_bytes, int 
     return reinterpret_cast<T*>(state.heap[pe] + offset);
 }
 
+// Count what goes through a queue pair, which says nothing of its order.
+inline void count(int queue_pair, int default_queue_pair, bool is_message) {
+    Nvshmem& state = emulated_nvshmem;
+    epcomm::uint32_t* counter = queue_pair == default_queue_pair ? &state.num_by_default : nullptr;
+    for (int i = 0; i < state.num_queue_pairs; ++i) {
+        if (state.queue_pair[i] == queue_pair) counter = is_message ? &state.num_messages[i] : &state.num_words[i];
+    }
+    if (counter == nullptr) fail("NVSHMEM: there is no queue pair %d", queue_pair);
+    __atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED);
+}
+
 }  // namespace emulator
 
 namespace epcomm::nvshmem {
+
+inline constexpr int kDefaultQueuePair = 1;
+inline constexpr bool kHasQueuePairs = true;
 
 inline int my_pe() { return emulated_nvshmem.pe; }
 
 inline int num_pes() { return emulated_nvshmem.num_pes; }
 
-inline void set_signal(uint64_t* signal, uint64_t value, int pe) {
+inline void set_signal(uint64_t* signal, uint64_t value, int pe, int queue_pair = kDefaultQueuePair) {
     emulator::yield();
+    emulator::count(queue_pair, kDefaultQueuePair, false);
     emulator::Network::instance().send({nullptr, nullptr, 0, emulator::in_heap_of(signal, 8, pe), 8, value, pe, 0});
 }
 
-inline void put_word(uint64_t* to, uint64_t value, int pe) { set_signal(to, value, pe); }
-
-inline void put_word(uint32_t* to, uint32_t value, int pe) {
+template <typename Word>
+inline void put_word(Word* to, Word value, int pe, int queue_pair = kDefaultQueuePair) {
     emulator::yield();
-    emulator::Network::instance().send({nullptr, nullptr, 0, emulator::in_heap_of(to, 4, pe), 4, value, pe, 0});
+    emulator::count(queue_pair, kDefaultQueuePair, false);
+    const int size = sizeof(Word);
+    emulator::Network::instance().send({nullptr, nullptr, 0, emulator::in_heap_of(to, size, pe), size, value, pe, 0});
 }
 
 inline void fence() { emulator::Network::instance().fence(); }
@@ -65,9 +85,11 @@ inline void quiet() {
     }
 }
 
-inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value, int pe) {
+inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value, int pe,
+                       int queue_pair = kDefaultQueuePair) {
     __syncwarp();
     if (lane_index() == 0) {
+        emulator::count(queue_pair, kDefaultQueuePair, true);
         char* there = emulator::in_heap_of(static_cast<char*>(to), num_bytes, pe);
         uint64_t* word = emulator::in_heap_of(signal, 8, pe);
         emulator::Network::instance().send({there, static_cast<const char*>(from), num_bytes, word, 8, value, pe, 0});
@@ -76,9 +98,9 @@ inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t*
 }
 
 inline void put_signal_block(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value,
-                             int pe) {
+                             int pe, int queue_pair = kDefaultQueuePair) {
     __syncthreads();
-    if (warp_index() == 0) put_signal(to, from, num_bytes, signal, value, pe);
+    if (warp_index() == 0) put_signal(to, from, num_bytes, signal, value, pe, queue_pair);
     __syncthreads();
 }
 

@@ -241,6 +241,11 @@ def cuMemsetD8Async(address: int, value: int, size: int, stream: int) -> None:
 
 
 @_api
+def cuMemcpyHtoDAsync(address: int, source: bytes, size: int, stream: int) -> None:
+    queues.find(stream).submit(functools.partial(ctypes.memmove, address, bytes(source), size))
+
+
+@_api
 def cuEventQuery(event: int) -> None:
     if not events.find(event).query():
         raise GpuError(Status.NOT_READY, "not ready")
