@@ -24,8 +24,9 @@ from helpers.gpu import busy, emulated, need_gpu
 from helpers.nvrtc import needs_nvshmem
 
 from epcomm import Buffer
+from epcomm.backends.cuda.slots import LowLatencyLauncher
 from epcomm.bootstrap import topology
-from epcomm.errors import CapacityError, PeerError, UnsupportedOption
+from epcomm.errors import BootstrapError, CapacityError, CompileError, PeerError, UnsupportedOption
 from epcomm.kernels.rings import words_bytes
 from epcomm.memory import nvshmem_start
 from epcomm.testing import assert_bitwise
@@ -103,10 +104,9 @@ def test_case_with_one_rank_a_node(buffer_of, case):
 
 @pytest.mark.skipif(not emulated(), reason="NVSHMEM does not tell which queue pairs were used")
 @pytest.mark.ranks(4)
+@pytest.mark.parametrize("transport", [pytest.param("nvshmem", marks=needs_nvshmem)], indirect=True, scope="module")
 def test_all_goes_through_the_queue_pairs_of_the_buffer(buffer_of, transport):
     """Messages through one half of them, words through the other one, and nothing past them."""
-    if transport != "nvshmem":
-        pytest.skip("only NVSHMEM has queue pairs")
     buffer = buffer_of(2)
     checks.round_trip(buffer, UNIFORM.inputs(4))
     states = [emulated_nvshmem.State.of_module(module) for module in buffer._backend._job.launch.modules]
@@ -354,6 +354,24 @@ def test_rings_need_some_room(make_buffer, comm, transport):
             checks.dispatch(buffer, Case("wide", hidden=28672, tokens=(3, 1)).inputs(comm.size))
         checks.round_trip(buffer, BY_NAME["tiny_rows"].inputs(comm.size))
         comm.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_cannot_load_its_kernels(make_buffer, comm, monkeypatch):
+    """All raise, and nothing is in the way of the next Buffer."""
+    if comm.rank == 1:
+        monkeypatch.setattr(LowLatencyLauncher, "__init__", no_kernels)
+    error = error_of(lambda: make_buffer(comm, 1, low_latency_mode=True))
+    assert isinstance(error, CompileError if comm.rank == 1 else BootstrapError)
+    assert "no kernels here" in str(error)
+    monkeypatch.undo()
+    with make_buffer(comm, 1, low_latency_mode=True) as buffer:
+        checks.round_trip(buffer, BY_NAME["tiny_rows"].inputs(comm.size))
+        comm.barrier()
+
+
+def no_kernels(*arguments):
+    raise CompileError("kernels", got="no kernels here", wanted="some")
 
 
 @pytest.mark.ranks(4)
