@@ -82,7 +82,9 @@ struct State {
     uint32_t taken_units[2 * kNumSlots][2];
     // By Operation - kDispatch, since construction: rows of this rank's tokens that have gone to other nodes, and come back.
     uint64_t rows_to_nodes[2];
-    uint32_t unused2[24];
+    // By Operation - kLowLatencyDispatch: the last call that has not received all that was sent to it; see sync/slot.cuh.
+    uint32_t incomplete_call[2 * kNumSlots];
+    uint32_t unused2[20];
 };
 static_assert(sizeof(State) == 384);
 

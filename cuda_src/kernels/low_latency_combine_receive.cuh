@@ -99,8 +99,10 @@ __device__ inline int find_rows(const LowLatencyCombineArgs& args, const Call& c
     bool is_other = sent.x >= 0 && asked.expert != sent.x;
     if (sent.x < 0 && asked.expert >= 0 && asked.expert < args.num_experts())  // nothing to somebody who was there
         is_other = shared.dispatched >> args.by_local.divide(static_cast<uint32_t>(asked.expert)) & 1;
-    if (__any_sync(~0u, is_other) && lane == 0)
+    if (__any_sync(~0u, is_other) && lane == 0) {
         ptx::st_relaxed_sys(&comm.page()->other_choices, call.sequence << 1 | (args.slot.index() & 1));
+        if (kHasNetwork) incomplete_call(comm, args.slot) = call.sequence;
+    }
     const int owner = args.by_local.divide(max(sent.x, 0));
     bool is_there = sent.x >= 0 && (arrival.present >> owner & 1);
     uint32_t owners = 0;

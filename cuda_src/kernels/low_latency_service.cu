@@ -27,6 +27,9 @@ extern "C" __global__ void __launch_bounds__(kWarp)
     ptx::wait_for_earlier_kernels();
     acknowledge(comm);
     __syncwarp();
+    // Before a new start: no word of a call before it may come later. The hosts meet behind this kernel.
+    if (args.sequences != 0 && lane == 0) drain_network();
+    __syncwarp();
     if (args.operation != 0) {
         const int slot = args.operation - kLowLatencyDispatch;
         const uint32_t last = static_cast<uint32_t>(ptx::ld_relaxed_sys(&state.sends[slot]) / kCallUnits);

@@ -5,6 +5,9 @@
 // cleaned. Counts and places travel in cells alone; rows have a cell each that is released behind them. So there is no
 // barrier, neither among the ranks nor among the blocks of one: whoever needs something waits for just that.
 //
+// After a call in which nothing is received, or not all, what was sent may still be on its way through the network when the
+// slot is acknowledged: the next send waits for the network itself. So does a greeting where ranks may be left out.
+//
 // To ranks behind the network go whole rows, each from memory of the sender that is free when the slot is, and the cell of
 // the first piece behind a row tells of all of it. All other words go there one by one.
 //
@@ -155,6 +158,12 @@ __device__ inline uint32_t await_room(const Comm& comm, const Call& call, const 
     return __any_sync(~0u, is_awaited && went_on(comm, call, slot, lane_index())) ? 0 : ~masked;
 }
 
+// The last call of a slot whose receive half has not waited for all that was sent to it; on all ranks that take part alike, but
+// for choices that were not those of the dispatch.
+__device__ inline volatile uint32_t& incomplete_call(const Comm& comm, const SlotArgs& slot) {
+    return *const_cast<volatile uint32_t*>(&comm.state().incomplete_call[slot.index()]);
+}
+
 // One warp of every block, before all others do anything that depends on it; a barrier follows.
 __device__ inline void open(const Comm& comm, const SlotArgs& slot, Opening& opening) {
     State& state = comm.state();
@@ -167,6 +176,8 @@ __device__ inline void open(const Comm& comm, const SlotArgs& slot, Opening& ope
     const uint32_t acknowledged = slot.sends() ? look_for_room(comm, slot) : 0;
     good = __all_sync(~0u, good);
     call.sequence = static_cast<uint32_t>(sends / kCallUnits) + slot.sends();
+    if (kHasNetwork && slot.sends() && lane_index() == 0 && incomplete_call(comm, slot) == call.sequence - 1)
+        drain_network();
     const uint32_t reachable = good && slot.sends() ? await_room(comm, call, slot, masked, acknowledged) : 0;
     if (lane_index() == 0) opening = {call.sequence, good, masked, reachable};
 }
@@ -209,7 +220,7 @@ __device__ __noinline__ void greet_at_last(const Comm& comm, Call call, const Sl
     if (threadIdx.x == 0) comm.state().ticket[call.operation] = 0;
     if (warp_index() != 0 || __any_sync(~0u, poison_of(comm) != 0)) return;
     ptx::fence_acq_rel_sys();
-    if (slot.far != 0) fence_network();
+    if (slot.far != 0) drain_network();
     greet(comm, call, slot, masked_ranks(comm), greeting);
 }
 
@@ -238,6 +249,7 @@ __device__ inline Arrival judge(const Comm& comm, const Call& call, const SlotAr
     const bool differs = __any_sync(~0u, is_awaited && what != kLeftOut && (what ^ slot.digest) > 1);
     const uint32_t pulling = __ballot_sync(~0u, is_awaited && what != kLeftOut && (what & 1));
     if (!is_behind && rejecting == 0 && !differs) return {present, pulling};
+    if (kHasNetwork && lane_index() == 0) incomplete_call(comm, slot) = call.sequence;
     if (blockIdx.x == 0 && reports) report_nothing(comm, call, slot, is_behind, present, rejecting);
     return {0, 0};
 }

@@ -62,10 +62,10 @@ __device__ inline void send_message(const Comm& comm, int r, uint64_t to, uint64
 #endif
 }
 
-// One thread: what this rank has sent through the network arrives before what this thread sends next. Unbounded.
-__device__ inline void fence_network() {
+// One thread: wait until all that this rank has sent through the network has arrived. Unbounded.
+__device__ inline void drain_network() {
 #if KERNEL_NVSHMEM
-    nvshmem::fence();
+    nvshmem::quiet();
 #endif
 }
 
