@@ -13,7 +13,7 @@ using cuda::std::uint64_t;
 using cuda::std::uint8_t;
 
 inline constexpr int kWarp = 32;
-inline constexpr int kMaxRanks = 32;         // of one node: one lane of a warp for each
+inline constexpr int kMaxRanks = 32;         // of a job: one lane of a warp for each
 inline constexpr int kMaxTopk = 32;          // one lane for each choice
 inline constexpr int kMaxLocalExperts = 1024;
 

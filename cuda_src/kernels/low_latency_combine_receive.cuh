@@ -99,12 +99,11 @@ __device__ inline int find_rows(const LowLatencyCombineArgs& args, const Call& c
     bool is_other = sent.x >= 0 && asked.expert != sent.x;
     if (sent.x < 0 && asked.expert >= 0 && asked.expert < args.num_experts())  // nothing to somebody who was there
         is_other = shared.dispatched >> args.by_local.divide(static_cast<uint32_t>(asked.expert)) & 1;
-    if (__any_sync(~0u, is_other) && lane == 0) {
+    if (__any_sync(~0u, is_other) && lane == 0)
         ptx::st_relaxed_sys(&comm.page()->other_choices, call.sequence << 1 | (args.slot.index() & 1));
-        if (kHasNetwork) incomplete_call(comm, args.slot) = call.sequence;
-    }
     const int owner = args.by_local.divide(max(sent.x, 0));
     bool is_there = sent.x >= 0 && (arrival.present >> owner & 1);
+    const bool is_coming = is_there;  // also for a choice that has no row here
     uint32_t owners = 0;
     if constexpr (kPayload != kPartialSums) {
         is_there = is_there && !is_other;
@@ -125,7 +124,10 @@ __device__ inline int find_rows(const LowLatencyCombineArgs& args, const Call& c
     // ACQUIRE pushed pieces. Pairs with the release of push, or of push_far_message, there.
     const uint64_t* cell = args.piece_at(comm.rank, at, args.slot.is_far(owner) ? 0 : asked.piece);
     auto awaited = [&] {
-        return is_there && !is_pulled && !is_filled(ptx::ld_acquire_sys(cell), call) ? 1u << owner : 0u;
+        // Through a network what nobody reads must have arrived, too, before its sender may use the memory again.
+        const bool is_awaited = kHasNetwork && kPayload != kPartialSums ? is_coming && !(arrival.pulling >> owner & 1)
+                                                                        : is_there && !is_pulled;
+        return is_awaited && !is_filled(ptx::ld_acquire_sys(cell), call) ? 1u << owner : 0u;
     };
     if (!wait_in_lanes(comm, call, kPhaseDone, awaited)) return -1;
     const uint32_t wanted = __ballot_sync(~0u, is_there);

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(kWarp)
     acknowledge(comm);
     __syncwarp();
     // Before a new start: no word of a call before it may come later. The hosts meet behind this kernel.
-    if (args.sequences != 0 && lane == 0) drain_network();
+    if (kHasNetwork && args.sequences != 0 && lane == 0 && poison_of(comm) == 0) drain_network();
     __syncwarp();
     if (args.operation != 0) {
         const int slot = args.operation - kLowLatencyDispatch;

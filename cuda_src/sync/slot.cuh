@@ -5,15 +5,16 @@
 // cleaned. Counts and places travel in cells alone; rows have a cell each that is released behind them. So there is no
 // barrier, neither among the ranks nor among the blocks of one: whoever needs something waits for just that.
 //
-// After a call in which nothing is received, or not all, what was sent may still be on its way through the network when the
+// After a call in which nothing is received what was sent may still be on its way through the network when the
 // slot is acknowledged: the next send waits for the network itself. So does a greeting where ranks may be left out.
 //
 // To ranks behind the network go whole rows, each from memory of the sender that is free when the slot is, and the cell of
 // the first piece behind a row tells of all of it. All other words go there one by one.
 //
 // A rank acknowledges a slot at the start of its next low-latency kernel, whichever that is: then it has surely read
-// everything. Only then do its peers write there again. A slot belongs to one call at a time; which one that is, the host says, the
-// same on all ranks. Ranks that are masked get nothing but the word kLeftOut, and nobody waits for them.
+// everything. Only then do its peers write there again. A slot belongs to one call at a time; which one that is, the host
+// says, the same on all ranks. Ranks that are masked get nothing but the word kLeftOut and acknowledgements, and nobody
+// waits for them.
 #pragma once
 
 #include "ptx/launch.cuh"
@@ -158,8 +159,7 @@ __device__ inline uint32_t await_room(const Comm& comm, const Call& call, const 
     return __any_sync(~0u, is_awaited && went_on(comm, call, slot, lane_index())) ? 0 : ~masked;
 }
 
-// The last call of a slot whose receive half has not waited for all that was sent to it; on all ranks that take part alike, but
-// for choices that were not those of the dispatch.
+// The last call of a slot whose receive half has not waited for all that was sent to it; on all ranks that take part alike.
 __device__ inline volatile uint32_t& incomplete_call(const Comm& comm, const SlotArgs& slot) {
     return *const_cast<volatile uint32_t*>(&comm.state().incomplete_call[slot.index()]);
 }
@@ -176,7 +176,9 @@ __device__ inline void open(const Comm& comm, const SlotArgs& slot, Opening& ope
     const uint32_t acknowledged = slot.sends() ? look_for_room(comm, slot) : 0;
     good = __all_sync(~0u, good);
     call.sequence = static_cast<uint32_t>(sends / kCallUnits) + slot.sends();
-    if (kHasNetwork && slot.sends() && lane_index() == 0 && incomplete_call(comm, slot) == call.sequence - 1)
+    // The first call is behind none.
+    if (kHasNetwork && good && slot.sends() && lane_index() == 0 && call.sequence > 1 &&
+        incomplete_call(comm, slot) == call.sequence - 1)
         drain_network();
     const uint32_t reachable = good && slot.sends() ? await_room(comm, call, slot, masked, acknowledged) : 0;
     if (lane_index() == 0) opening = {call.sequence, good, masked, reachable};
@@ -220,7 +222,10 @@ __device__ __noinline__ void greet_at_last(const Comm& comm, Call call, const Sl
     if (threadIdx.x == 0) comm.state().ticket[call.operation] = 0;
     if (warp_index() != 0 || __any_sync(~0u, poison_of(comm) != 0)) return;
     ptx::fence_acq_rel_sys();
-    if (slot.far != 0) drain_network();
+    if constexpr (kHasNetwork) {
+        if (lane_index() == 0) drain_network();
+        __syncwarp();
+    }
     greet(comm, call, slot, masked_ranks(comm), greeting);
 }
 

@@ -32,7 +32,7 @@ class Buffer(ThroughputOperations, LowLatencyOperations):
         enable_shrink: a rank that does not answer a low-latency operation in time is masked instead of raising
             `PeerTimeout`; needs all ranks on one host.
         backend: "cuda", "host", or "auto": what ``EPCOMM_BACKEND`` says, and if that is "auto" too, CUDA where every
-            rank has a usable GPU and all ranks are on one node, else the host backend. All ranks agree.
+            rank has a usable GPU, and on several hosts NVSHMEM, else the host backend. All ranks agree.
         ranks_per_node: make virtual nodes of this many consecutive ranks; by default the ranks of each host form a
             node (``EPCOMM_RANKS_PER_NODE`` overrides).
         timeout_s: seconds a rank waits for its peers before `PeerTimeout`; ``EPCOMM_TIMEOUT_S`` by default. On CUDA the

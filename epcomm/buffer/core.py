@@ -354,8 +354,8 @@ class BufferCore(Tuning):
     def destroy(self) -> None:
         """Release what this rank holds. Not collective, may be called again.
 
-        Waits for no other rank; on CUDA for this rank's own kernels, whose waits are bounded. Arrays that were returned
-        stay valid. Peers that are waiting for this rank raise PeerTimeout.
+        Waits for no other rank; on CUDA for this rank's own kernels, whose waits for ranks are bounded. Arrays that
+        were returned stay valid. Peers that are waiting for this rank raise PeerTimeout.
         """
         if not self._destroyed and self._num_forks == _num_forks:
             self._destroyed = True

@@ -33,7 +33,7 @@ __all__ = [
     "scales_offset",
 ]
 
-MAX_RANKS = 32  # of one node
+MAX_RANKS = 32  # of a job
 MAX_TOPK = 32
 MAX_LOCAL_EXPERTS = 1024
 NUM_AGREED, NUM_ENTRY_AGREED = 16, 12

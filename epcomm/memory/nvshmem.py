@@ -128,8 +128,10 @@ class NvshmemGroup:
     def free(self, address: int) -> None:
         """Give a part back. Local; never waits.
 
-        It is given out again when all ranks of the communicator have given it back, to these and others, or when all of
-        them ask for memory together. The caller knows that nothing of this rank's own is under way to a peer's part.
+        It is given out again when all ranks of the communicator have given it back, to all of them, or to them and
+        others. Nobody waits for what this rank has under way to peers' parts: its last words, and the rows of a last
+        call in which nothing was moved. They take microseconds, and all of these ranks have to meet on their hosts
+        before the part is given out again.
 
         Raises:
             InputError: nothing was allocated at `address`, or it was freed.

@@ -248,7 +248,7 @@ def no_room(num_bytes: int, largest: int, total: int) -> CapacityError:
     return CapacityError(
         "NVSHMEM, symmetric heap",
         got=f"a request for {num_bytes} bytes",
-        wanted=f"at most {largest}, the largest free part of its {total} bytes",
+        wanted=f"at most {largest}, the largest free part of its {total} bytes that is not reserved for other ranks",
         do=f"set NVSHMEM_SYMMETRIC_SIZE to {total + num_bytes} or more before the first Buffer, make the Buffer of all "
         "ranks that needs most the first one, or pass a smaller num_rdma_bytes",
     )

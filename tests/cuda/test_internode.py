@@ -334,6 +334,8 @@ def test_ranks_of_two_hosts(comm, monkeypatch):
         internode.every_row_crosses_once_for_each_node(buffer, UNIFORM.inputs(comm.size))
         checks.low_latency_round_trip(buffer, LOW_LATENCY_CASES[2].inputs(comm.size))
         comm.barrier()
+    with pytest.raises(UnsupportedOption, match="enable_shrink: got ranks on 2 hosts"):
+        Buffer(comm, 64 << 20, NETWORK_BYTES, low_latency_mode=True, enable_shrink=True, backend="cuda")
     with pytest.raises(
         UnsupportedOption, match="ranks_per_node: got 4, with ranks 0 to 3 of one node on several hosts"
     ):

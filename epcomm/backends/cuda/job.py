@@ -18,7 +18,7 @@ from epcomm.backends.cuda.settings import Settings
 from epcomm.backends.cuda.slots import LowLatency, LowLatencyLauncher
 from epcomm.backends.cuda.streams import Streams
 from epcomm.bootstrap import Communicator, LocalCommunicator, Topology
-from epcomm.errors import BufferDestroyed
+from epcomm.errors import BufferDestroyed, UnsupportedOption
 from epcomm.jit import Program, current_device, device_architecture, load_cupy, share_cubins
 from epcomm.kernels import programs_of
 from epcomm.kernels.arguments import comm_bytes
@@ -45,7 +45,7 @@ class Job:
         rings: for what comes from other nodes; None on one node.
 
     Raises:
-        UnsupportedOption: too many ranks, or nodes that cannot be reached.
+        UnsupportedOption: too many ranks, nodes that cannot be reached, or masks of ranks on several hosts.
         DeviceError: no such device, or GPUs that cannot reach each other.
         CapacityError: no room on the GPU.
         CompileError, MissingDependency: the kernels cannot be made.
@@ -53,6 +53,12 @@ class Job:
 
     def __init__(self, comm: Communicator, topology: Topology, settings: Settings) -> None:
         self._has_network = has_network(topology)
+        if settings.masks_on_timeout and len(set(topology.hosts)) > 1:
+            raise UnsupportedOption(
+                "enable_shrink",
+                got=f"ranks on {len(set(topology.hosts))} hosts",
+                wanted="ranks of one host: waits for a network that a dead rank no longer answers have no bound",
+            )
         self.cupy = cupy = load_cupy()
         self.runtime = cupy.cuda.runtime
         self.comm, self.rank, self.size = comm, comm.rank, comm.size

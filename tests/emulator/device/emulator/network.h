@@ -6,6 +6,8 @@
 
 #include <pthread.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -24,8 +26,9 @@ struct Message {
 
 class Network {
   public:
+    // One for the process, as NVSHMEM is one, whatever module a kernel is in; each of those has this code, and the same layout.
     static Network& instance() {
-        static Network* const network = new Network;  // never deleted: its thread runs until the process ends
+        static Network* const network = of_process();
         return *network;
     }
 
@@ -56,6 +59,17 @@ class Network {
     }
 
   private:
+    // The first module to ask makes it. Never deleted: its thread runs until the process ends.
+    static Network* of_process() {
+        char name[64], address[32];
+        snprintf(name, sizeof(name), "EPCOMM_EMULATED_NETWORK_%d", static_cast<int>(getpid()));
+        if (const char* made = getenv(name)) return reinterpret_cast<Network*>(strtoull(made, nullptr, 16));
+        Network* const network = new Network;
+        snprintf(address, sizeof(address), "%llx", static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(network)));
+        setenv(name, address, 1);
+        return network;
+    }
+
     static void* run(void* network) {
         static_cast<Network*>(network)->deliver();
         return nullptr;
