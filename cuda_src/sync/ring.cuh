@@ -10,8 +10,9 @@
 // says that the receiver has it, or has answered it, says that this group is free, too: nobody waits for the network.
 //
 // The area of a rank: words [kNumWords][num_nodes][kMaxGroups], then the groups of all rings that end here, and behind each
-// ring, where there is a network, those to send from, for each node or one for all of them; cut anew for each call. Nobody sends before it has heard that all
-// ranks are in the call, and nobody leaves before what it has sent has arrived: groups and words are free between calls.
+// ring, where there is a network, those to send from, for each node or one for all of them; cut anew for each call. Nobody
+// sends before it has heard that all ranks are in the call, and nobody leaves before what it has sent has arrived: groups
+// and words are free between calls.
 #pragma once
 
 #include "ptx/bulk.cuh"
