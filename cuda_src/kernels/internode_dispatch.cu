@@ -5,6 +5,9 @@
 // what is beside them, to the own node's outputs and to the rings of other nodes; and they forward what is in this rank's
 // rings to the own node's outputs. Ring and words: sync/ring.cuh.
 //
+// Ranks whose outputs are outside of their arenas have warps of two more roles, which take what is handed over to them; see
+// sync/handover.cuh.
+//
 // Regions: writes outputs of the ranks of the own node, rings of the ranks on the rail; reads the own rings. Words:
 // dispatch_entry, dispatch_done, and those of the rings.
 #include "kernels/internode_dispatch_beside.cuh"
@@ -22,19 +25,23 @@ inline constexpr int kStages = KERNEL_STAGES;
 __device__ inline bool run(const InternodeDispatchArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
     if (!enter(args, call, shared)) return false;
     if (args.num_worst_tokens > 0) note_worst_case(args);
-    const int num_senders = args.num_senders, num_rows = num_senders + args.num_forwarders, warp = warp_index();
+    const int num_senders = args.num_senders, num_movers = num_senders + args.num_forwarders;
+    const int num_rows = num_movers + args.num_takers, warp = warp_index();
     bool good = true;
     if (warp < num_rows) {
         uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * kStages;
         uint8_t* stages = dynamic + round_up(num_rows * kStages * sizeof(uint64_t), kUnit) +
                           static_cast<uint64_t>(warp) * kStages * args.stage_bytes;
         RowPipe<kStages> pipe(stages, barriers, args.stage_bytes);
-        good = warp < num_senders ? send_rows(args, call, shared, pipe, {warp, num_senders})
-                                  : forward_rows(args, call, shared, pipe, {warp - num_senders, args.num_forwarders});
+        good = warp < num_senders  ? send_rows(args, call, shared, pipe, {warp, num_senders})
+               : warp < num_movers ? forward_rows(args, call, shared, pipe, {warp - num_senders, args.num_forwarders})
+                                   : take_rows(args, call, shared, pipe, {warp - num_movers, args.num_takers});
     } else if (args.has_beside()) {
-        const int beside = warp - num_rows;
-        good = beside < kBesideWarps ? send_beside(args, call, shared, {beside, kBesideWarps})
-                                     : forward_beside(args, call, shared, {beside - kBesideWarps, kBesideWarps});
+        const int role = (warp - num_rows) / kBesideWarps;
+        const Share share = {(warp - num_rows) % kBesideWarps, kBesideWarps};
+        good = role == 0   ? send_beside(args, call, shared, share)
+               : role == 1 ? forward_beside(args, call, shared, share)
+                           : take_beside(args, call, shared, share);
     }
     return __syncthreads_and(good);
 }

@@ -4,6 +4,7 @@
 #include "kernels/dispatch_fields.cuh"
 #include "kernels/internode.cuh"
 #include "sync/entry.cuh"
+#include "sync/handover.cuh"
 
 namespace epcomm {
 
@@ -11,6 +12,8 @@ struct InternodeDispatchArgs {
     Comm comm;
     Nodes nodes;
     Ring rows, beside;
+    Nodes handed;  // and what is handed over to ranks of the own node, see sync/handover.cuh
+    Ring handed_rows, handed_beside;
     EntryArgs entry;
     uint32_t slot_field[kNumFields];  // offsets in a row of the ring `beside`; that of kRow: where it goes
     int32_t has_metadata;             // indices, weights and sources travel
@@ -30,16 +33,18 @@ struct InternodeDispatchArgs {
     int32_t is_forced;         // whatever the last exchange said
     int32_t has_weights;       // an empty array has no address
     int32_t num_senders, num_forwarders;  // warps of a block that move rows
+    int32_t num_takers;  // likewise; 0: this rank's outputs are in its arena
+    int32_t unused;
 
     __device__ bool has_beside() const { return num_scales > 0 || has_metadata; }
 };
-static_assert(sizeof(InternodeDispatchArgs) == sizeof(Comm) + 24 + 2 * 24 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 4 + 10 * 4,
+static_assert(sizeof(InternodeDispatchArgs) == sizeof(Comm) + 2 * 24 + 4 * 24 + 64 + 24 + 8 * 8 + 40 + 8 + 12 + 4 + 12 * 4,
               "InternodeDispatchArgs differs from epcomm/kernels/internode_dispatch.py");
 
 // Where the fields of rows go at one rank of the own node: field f of row i is at field[f] + i * field_bytes(f).
 struct Places {
     uint64_t field[kNumFields];
-    bool is_windowed;  // never: enter() asks
+    bool is_windowed;  // they are outside of its arena
 };
 
 struct Shared {
@@ -54,9 +59,14 @@ __device__ inline bool find_places(const InternodeDispatchArgs& args, Shared& sh
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
     shared.extents.find(args, r);
+    const Entry entry = shared.entries[r];
     shared.places[r].is_windowed = false;
     if (nodes.node_of(r) != nodes.own) return true;
-    const Entry entry = shared.entries[r];
+    if (entry.rows == kThroughWindow) {
+        shared.places[r].is_windowed = true;
+        for (int f = 0; f < kNumFields; ++f) shared.places[r].field[f] = args.out[f];  // where they are this rank's own
+        return true;
+    }
     return find_fields(args, r, entry.rows, entry.metadata, shared.extents.num_rows[r], shared.places[r].field);
 }
 

@@ -13,21 +13,35 @@ __device__ inline uint64_t place_of(const InternodeDispatchArgs& args, const Sha
     return shared.places[args.nodes.first_local() + local].field[field] + static_cast<uint64_t>(row) * field_bytes(args, field);
 }
 
-// All lanes: indices, weights and source of a token to the ranks of the own node; lane k knows the row at local rank k.
+// A lane that hands over: its next slot in the group at `handed`, if it has a row, which it notes there; else 0.
+__device__ inline uint64_t hand_slot(const InternodeDispatchArgs& args, const Handing& handing, uint64_t handed, int row,
+                                     int& num_handed) {
+    if (!handing.is_used || row < 0) return 0;
+    const uint64_t slot = handed + static_cast<uint64_t>(num_handed++) * args.handed_beside.row_bytes;
+    *pointer<int32_t>(slot + args.slot_field[kRow]) = row;
+    return slot;
+}
+
+// All lanes: indices, weights and source of a token to the ranks of the own node; lane k knows the row at local rank k, and
+// the slot, if that is handed over.
 __device__ inline void hand_out(const InternodeDispatchArgs& args, const Shared& shared, const Chosen& chosen, int token,
-                                int local_row) {
+                                int local_row, uint64_t handed_slot) {
     if (!args.has_metadata) return;
     for (uint32_t rest = __ballot_sync(~0u, local_row >= 0); rest != 0; rest &= rest - 1) {
         const int k = __ffs(rest) - 1, row = __shfl_sync(~0u, local_row, k);
-        store_local(args, args.nodes.first_local() + k, chosen, place_of(args, shared, k, kTopkIdx, row),
-                    place_of(args, shared, k, kTopkWeights, row));
-        if (lane_index() == 0) *pointer<int32_t>(place_of(args, shared, k, kSource, row)) = token;
+        const uint64_t slot = __shfl_sync(~0u, handed_slot, k);
+        auto place = [&](int field) {
+            return slot != 0 ? slot + args.slot_field[field] : place_of(args, shared, k, field, row);
+        };
+        store_local(args, args.nodes.first_local() + k, chosen, place(kTopkIdx), place(kTopkWeights));
+        if (lane_index() == 0) *pointer<int32_t>(place(kSource)) = token;
     }
 }
 
-// One warp: the tokens of a unit, whose groups are free; `group` is that for the node that a lane stands for. Its number of rows.
+// One warp: the tokens of a unit, whose groups are free; `group` is that for the node, or for the local rank to which a lane
+// hands over. Its number of rows.
 __device__ inline int send_beside_unit(const InternodeDispatchArgs& args, const Shared& shared, const Destination& to,
-                                       uint64_t group, int first, int end) {
+                                       const Handing& handing, uint64_t group, int first, int end) {
     const Nodes& nodes = args.nodes;
     const int lane = lane_index();
     int num_sent = 0;
@@ -40,11 +54,12 @@ __device__ inline int send_beside_unit(const InternodeDispatchArgs& args, const 
         const int row = wanted.local_row(args, to);
         const bool is_sent = wanted.has_node(args, to.node);
         const uint64_t slot = is_sent ? group + static_cast<uint64_t>(num_sent++) * args.beside.row_bytes : 0;
+        const uint64_t handed = hand_slot(args, handing, group, row, num_sent);
         uint64_t scales = is_sent ? slot + args.slot_field[kScales] : 0;
-        if (row >= 0) scales = place_of(args, shared, to.local, kScales, row);
+        if (row >= 0) scales = handed != 0 ? handed + args.slot_field[kScales] : place_of(args, shared, to.local, kScales, row);
         spread_scales(args, args.scales + token * args.scale_stride_token * args.scale_bytes, args.scale_stride_scale,
                       scales);
-        hand_out(args, shared, chosen, token, row);
+        hand_out(args, shared, chosen, token, row, handed);
         for (uint32_t rest = __ballot_sync(~0u, is_sent); rest != 0; rest &= rest - 1) {
             const int from = __ffs(rest) - 1;
             const uint64_t there = __shfl_sync(~0u, slot, from);
@@ -66,12 +81,16 @@ __device__ inline bool send_beside(const InternodeDispatchArgs& args, const Call
     const Comm& comm = args.comm;
     const Ring& ring = args.beside;
     const Destination to(args);
+    const Handing handing(comm, args.nodes, args.handed, shared.windowed, to.local, comm.rank, kBesideSent, kBesideTaken);
     const uint32_t num_units = ring.num_units(args.entry.num_tokens);
     for (uint32_t unit = share.first(); unit < num_units; unit += share.step()) {
         if (!await_group(comm, call, args.nodes, ring, kBesideTaken, to.node, unit)) return false;
+        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_beside, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
-        const uint64_t group = to.node >= 0 ? ring.outgoing(comm, args.nodes, to.node, unit) : 0;
-        const int num_rows = send_beside_unit(args, shared, to, group, first, end);
+        uint64_t group = to.node >= 0 ? ring.outgoing(comm, args.nodes, to.node, unit) : 0;
+        if (handing.is_used) group = args.handed_beside.head(comm, args.handed, handing.owner, comm.rank, unit);
+        const int num_rows = send_beside_unit(args, shared, to, handing, group, first, end);
+        if (shared.windowed != 0) handing.send(call, args.handed_beside, unit, num_rows);
         send(comm, call, args.nodes, ring, kBesideSent, to.node, unit, num_rows, group);
     }
     return await_taken(comm, call, args.nodes, ring, kBesideTaken, to.node, num_units, share);
@@ -88,6 +107,11 @@ __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const C
     return for_each_message(args, shared.entries, ring, share, [&](int node, uint32_t unit) {
         const int num_rows = await_message(comm, call, nodes, ring, kBesideSent, node, unit);
         if (num_rows < 0) return false;
+        const int from = nodes.on_rail(node);
+        const Handing handing(comm, nodes, args.handed, shared.windowed, is_local ? lane : -1, from, kBesideSent, kBesideTaken);
+        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_beside, unit)) return false;
+        const uint64_t group = handing.is_used ? args.handed_beside.head(comm, args.handed, handing.owner, from, unit) : 0;
+        int num_handed = 0;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
         for (int i = 0; i < num_rows; ++i) {
             const uint64_t slot = head + static_cast<uint64_t>(i) * ring.row_bytes;
@@ -95,12 +119,50 @@ __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const C
             const int token = *pointer<const int32_t>(slot + args.slot_field[kSource]);
             const Chosen chosen = load_chosen(args, slot + args.slot_field[kTopkIdx], slot + args.slot_field[kTopkWeights]);
             if (row >= shared.extents.num_rows[rank]) row = -1;  // as above
-            spread_scales(args, slot + args.slot_field[kScales], 1, row < 0 ? 0 : place_of(args, shared, lane, kScales, row));
-            hand_out(args, shared, chosen, token, row);
+            const uint64_t handed = hand_slot(args, handing, group, row, num_handed);
+            uint64_t scales = 0;
+            if (row >= 0) scales = handed != 0 ? handed + args.slot_field[kScales] : place_of(args, shared, lane, kScales, row);
+            spread_scales(args, slot + args.slot_field[kScales], 1, scales);
+            hand_out(args, shared, chosen, token, row, handed);
         }
+        if (shared.windowed != 0) handing.send(call, args.handed_beside, unit, num_handed);
         note_taken(comm, call, nodes, ring, kBesideTaken, node, unit);
         return true;
     });
+}
+
+// What is handed over to this rank, whose outputs are outside of its arena.
+__device__ inline bool take_beside(const InternodeDispatchArgs& args, const Call& call, const Shared& shared,
+                                   const Share& share) {
+    const Comm& comm = args.comm;
+    const Ring& ring = args.handed_beside;
+    const int lane = lane_index(), local = args.nodes.local;
+    auto take = [&](int from, int writer, uint32_t unit) {
+        const uint64_t* word = args.handed.word(comm, comm.rank, kBesideSent, from, unit % ring.num_groups);
+        const int num_rows = await_message_at(comm, call, ring, word, writer, unit);
+        if (num_rows < 0) return false;
+        const uint64_t head = ring.head(comm, args.handed, comm.rank, from, unit);
+        for (int i = 0; i < num_rows; ++i) {
+            const uint64_t slot = head + static_cast<uint64_t>(i) * ring.row_bytes;
+            const int row = *pointer<const volatile int32_t>(slot + args.slot_field[kRow]);
+            if (row < 0 || row >= shared.extents.num_rows[comm.rank]) continue;  // as above
+            spread_scales(args, slot + args.slot_field[kScales], 1, lane == 0 ? place_of(args, shared, local, kScales, row) : 0);
+            if (!args.has_metadata) continue;
+            if (lane < args.num_topk) {
+                const Chosen chosen =
+                    load_chosen(args, slot + args.slot_field[kTopkIdx], slot + args.slot_field[kTopkWeights]);
+                store_index(args, place_of(args, shared, local, kTopkIdx, row), chosen.expert);
+                if (args.has_weights)
+                    pointer<float>(place_of(args, shared, local, kTopkWeights, row))[lane] = chosen.weight;
+            }
+            if (lane == 0)
+                *pointer<int32_t>(place_of(args, shared, local, kSource, row)) =
+                    *pointer<const int32_t>(slot + args.slot_field[kSource]);
+        }
+        note_handed(comm, call, args.nodes, args.handed, ring, kBesideTaken, from, writer, unit);
+        return true;
+    };
+    return for_each_handed(comm, args.nodes, shared.entries, ring, share.first(), share.step(), take);
 }
 
 }  // namespace epcomm

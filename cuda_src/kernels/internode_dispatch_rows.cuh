@@ -14,16 +14,24 @@ namespace epcomm {
 
 inline constexpr uint64_t kPlacesBytes = round_up(kMaxRanks * sizeof(int32_t), kUnit);  // as in epcomm/kernels/internode_dispatch.py
 
-// What a node gets of a unit; of a lane that stands for one.
+// What a node gets of a unit, or a local rank whose rows are handed over; of a lane that stands for one.
 struct Sent {
     int num_rows = 0;
     uint64_t from = 0;  // in front of the network
 };
 
+// A lane that hands over: where its next row goes in the group at `handed`, if there is one.
+__device__ inline uint64_t hand_row(const InternodeDispatchArgs& args, uint64_t handed, int row, int& num_rows) {
+    if (row < 0) return 0;
+    const uint64_t slot = handed + static_cast<uint64_t>(num_rows++) * args.handed_rows.row_bytes;
+    *pointer<int32_t>(slot) = row;
+    return slot + kPlacesBytes;
+}
+
 // One warp: the tokens [first, end) of a unit, whose groups are free.
 template <typename Pipe>
 __device__ inline Sent send_unit(const InternodeDispatchArgs& args, const Shared& shared, Pipe& pipe,
-                                 const Destination& to, uint32_t unit, int first, int end) {
+                                 const Destination& to, const Handing& handing, uint32_t unit, int first, int end) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
     const Ring& ring = args.rows;
@@ -34,6 +42,7 @@ __device__ inline Sent send_unit(const InternodeDispatchArgs& args, const Shared
     const bool is_far = lane < comm.num_ranks && rank_node != node;
     const uint64_t told = !kHasNetwork && is_far ? ring.outgoing(comm, nodes, rank_node, unit) : 0;
     const uint64_t rows = to.local >= 0 ? shared.places[args.nodes.first_local() + to.local].field[kRow] : 0;
+    const uint64_t handed = handing.is_used ? args.handed_rows.head(comm, args.handed, handing.owner, comm.rank, unit) : 0;
     int num_staged = 0, num_own = 0;
     Sent sent;
     auto source = [&](int token) {
@@ -59,8 +68,9 @@ __device__ inline Sent send_unit(const InternodeDispatchArgs& args, const Shared
             if (wanted.has_node(args, to.node))
                 far = group + static_cast<uint64_t>(sent.num_rows++) * ring.row_bytes + kPlacesBytes;
         }
-        if (to.local >= 0) return row < 0 ? 0 : rows + static_cast<uint64_t>(row) * args.pieces.row_bytes;
-        return far;
+        if (to.local < 0) return far;
+        if (handing.is_used) return hand_row(args, handed, row, sent.num_rows);
+        return row < 0 ? 0 : rows + static_cast<uint64_t>(row) * args.pieces.row_bytes;
     };
     move_rows(pipe, args.pieces, first, end, 1, source, destination);
     pipe.finish();
@@ -75,11 +85,14 @@ __device__ inline bool send_rows(const InternodeDispatchArgs& args, const Call& 
     const Comm& comm = args.comm;
     const Ring& ring = args.rows;
     const Destination to(args);
+    const Handing handing(comm, args.nodes, args.handed, shared.windowed, to.local, comm.rank, kRowsSent, kRowsTaken);
     const uint32_t num_units = ring.num_units(args.entry.num_tokens);
     for (uint32_t unit = share.first(); unit < num_units; unit += share.step()) {
         if (!await_group(comm, call, args.nodes, ring, kRowsTaken, to.node, unit)) return false;
+        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_rows, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
-        const Sent sent = send_unit(args, shared, pipe, to, unit, first, end);
+        const Sent sent = send_unit(args, shared, pipe, to, handing, unit, first, end);
+        if (shared.windowed != 0) handing.send(call, args.handed_rows, unit, sent.num_rows);
         send(comm, call, args.nodes, ring, kRowsSent, to.node, unit, sent.num_rows, sent.from);
         if (to.node >= 0 && sent.num_rows > 0)
             ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[0], sent.num_rows);
@@ -100,6 +113,11 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
     return for_each_message(args, shared.entries, ring, share, [&](int node, uint32_t unit) {
         const int num_rows = await_message(comm, call, nodes, ring, kRowsSent, node, unit);
         if (num_rows < 0) return false;
+        const int from = nodes.on_rail(node);
+        const Handing handing(comm, nodes, args.handed, shared.windowed, is_local ? lane : -1, from, kRowsSent, kRowsTaken);
+        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_rows, unit)) return false;
+        const uint64_t handed = handing.is_used ? args.handed_rows.head(comm, args.handed, handing.owner, from, unit) : 0;
+        int num_handed = 0;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
         auto source = [&](int i) {
             return pointer<const uint8_t>(head + static_cast<uint64_t>(i) * ring.row_bytes + kPlacesBytes);
@@ -110,15 +128,44 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
             const uint64_t told = head + static_cast<uint64_t>(i) * ring.row_bytes;
             const int row = pointer<const volatile int32_t>(told)[(kHasNetwork ? nodes.first_local() : 0) + lane];
             const bool is_there = row >= 0 && row < shared.extents.num_rows[rank];
+            if (handing.is_used) return hand_row(args, handed, is_there ? row : -1, num_handed);
             return is_there ? rows + static_cast<uint64_t>(row) * args.pieces.row_bytes : 0;
         };
         move_rows(pipe, args.pieces, 0, num_rows, 1, source, destination);
         pipe.finish();
+        if (shared.windowed != 0) handing.send(call, args.handed_rows, unit, num_handed);
         note_taken(comm, call, nodes, ring, kRowsTaken, node, unit);
         if (lane == 0 && args.node_counts != 0 && num_rows > 0)
             ptx::atom_add_relaxed_gpu(&pointer<uint32_t>(args.node_counts)[node], static_cast<uint32_t>(num_rows));
         return true;
     });
+}
+
+// Rows that are handed over to this rank, whose outputs are outside of its arena.
+template <typename Pipe>
+__device__ inline bool take_rows(const InternodeDispatchArgs& args, const Call& call, const Shared& shared, Pipe& pipe,
+                                 const Share& share) {
+    const Comm& comm = args.comm;
+    const Ring& ring = args.handed_rows;
+    auto take = [&](int from, int writer, uint32_t unit) {
+        const uint64_t* word = args.handed.word(comm, comm.rank, kRowsSent, from, unit % ring.num_groups);
+        const int num_rows = await_message_at(comm, call, ring, word, writer, unit);
+        if (num_rows < 0) return false;
+        const uint64_t head = ring.head(comm, args.handed, comm.rank, from, unit);
+        auto source = [&](int i) {
+            return pointer<const uint8_t>(head + static_cast<uint64_t>(i) * ring.row_bytes + kPlacesBytes);
+        };
+        auto destination = [&](int i) -> uint64_t {
+            const int row = *pointer<const volatile int32_t>(head + static_cast<uint64_t>(i) * ring.row_bytes);
+            const bool is_there = lane_index() == 0 && row >= 0 && row < shared.extents.num_rows[comm.rank];
+            return is_there ? args.out[kRow] + static_cast<uint64_t>(row) * args.pieces.row_bytes : 0;
+        };
+        move_rows(pipe, args.pieces, 0, num_rows, 1, source, destination);
+        pipe.finish();
+        note_handed(comm, call, args.nodes, args.handed, ring, kRowsTaken, from, writer, unit);
+        return true;
+    };
+    return for_each_handed(comm, args.nodes, shared.entries, ring, share.first(), share.step(), take);
 }
 
 }  // namespace epcomm

@@ -111,18 +111,16 @@ __device__ inline bool is_free(const Call& call, uint64_t taken, const Ring& rin
            (taken >> 32 == call.sequence && static_cast<uint32_t>(taken) >= unit + 1 - ring.num_groups);
 }
 
-// One warp; a lane with a `node` of the rail other than the own one (else -1) waits until the group of `unit` there is
-// free.
-__device__ inline bool await_group(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
-                                   RingWord taken, int node, uint32_t unit) {
+// One warp; a lane with the `taken` word of a group, which `rank` writes (else null), waits until that is free for `unit`.
+__device__ inline bool await_groups(const Comm& comm, const Call& call, const Ring& ring, const uint64_t* taken, int rank,
+                                    uint32_t unit) {
     if (unit >= ring.num_groups) {
         auto awaited = [&] {
-            if (node < 0) return 0u;
-            // ACQUIRE taken. Pairs with the release of note_taken, there.
+            if (taken == nullptr) return 0u;
+            // ACQUIRE taken. Pairs with the release of note_taken, or of note_handed, there.
             uint64_t word;
-            const bool is_there = acquire_if(nodes.word(comm, comm.rank, taken, node, unit % ring.num_groups), word,
-                                             [&](uint64_t seen) { return is_free(call, seen, ring, unit); });
-            return is_there ? 0u : 1u << nodes.on_rail(node);
+            const bool is_there = acquire_if(taken, word, [&](uint64_t seen) { return is_free(call, seen, ring, unit); });
+            return is_there ? 0u : 1u << rank;
         };
         if (!wait_in_lanes(comm, call, kPhaseAck, awaited)) return false;
         __syncwarp();  // what a lane has acquired is there for all
@@ -131,6 +129,14 @@ __device__ inline bool await_group(const Comm& comm, const Call& call, const Nod
     ptx::fence_proxy_async_global();  // before bulk copies to the group
 #endif
     return true;
+}
+
+// One warp; a lane with a `node` of the rail other than the own one (else -1) waits until the group of `unit` there is
+// free.
+__device__ inline bool await_group(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
+                                   RingWord taken, int node, uint32_t unit) {
+    const uint64_t* word = node >= 0 ? nodes.word(comm, comm.rank, taken, node, unit % ring.num_groups) : nullptr;
+    return await_groups(comm, call, ring, word, nodes.on_rail(max(node, 0)), unit);
 }
 
 // One warp, when its stores to the groups of `unit` are complete: send them; a lane with a `node` says that it gets
@@ -154,11 +160,10 @@ __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nod
         set_word(comm, nodes.on_rail(node), word, sent_word(call, unit, num_rows));
 }
 
-// One warp waits for the message of `unit` from the rank of `node` on its rail; -1: the call has failed. Else its rows.
-__device__ inline int await_message(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
-                                    RingWord sent, int node, uint32_t unit) {
-    const uint64_t* address = nodes.word(comm, comm.rank, sent, node, unit % ring.num_groups);
-    const int source = nodes.on_rail(node);
+// One warp waits for the message of `unit`, of which `address` tells, a word that rank `source` writes; -1: the call has
+// failed. Else its rows.
+__device__ inline int await_message_at(const Comm& comm, const Call& call, const Ring& ring, const uint64_t* address,
+                                       int source, uint32_t unit) {
     uint64_t word = 0;
     auto awaited = [&] {
         if (lane_index() != 0) return 0u;
@@ -174,6 +179,13 @@ __device__ inline int await_message(const Comm& comm, const Call& call, const No
 #endif
     // A peer's memory may hold anything; this rank looks at no more rows than a group has.
     return min(num_rows, ring.unit_tokens);
+}
+
+// One warp waits for the message of `unit` from the rank of `node` on its rail; as above.
+__device__ inline int await_message(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring,
+                                    RingWord sent, int node, uint32_t unit) {
+    const uint64_t* address = nodes.word(comm, comm.rank, sent, node, unit % ring.num_groups);
+    return await_message_at(comm, call, ring, address, nodes.on_rail(node), unit);
 }
 
 // One warp, after its last look at a message, with no bulk copy of it under way.

@@ -32,12 +32,14 @@ _BESIDE_TOKENS = 8
 WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
 
 # area, ranks_per_node, num_nodes, own, local;
-# rows: offset, num_groups, group_bytes, row_bytes, unit_tokens; beside: likewise;
+# rows: offset, num_groups, group_bytes, row_bytes, unit_tokens; beside: likewise; and all that again for what is handed over;
 # entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
 # x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
 # node_counts; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
-# num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders
-FIELDS = struct.Struct(f"{NODES.format}{RING.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I10i")
+# num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders, num_takers, unused
+FIELDS = struct.Struct(
+    f"{NODES.format}{2 * RING.format[1:]}{NODES.format[1:]}{2 * RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I12i"
+)
 
 
 class Shape(NamedTuple):
@@ -46,6 +48,7 @@ class Shape(NamedTuple):
     pieces: Pieces
     senders: int  # warps that send rows
     forwarders: int  # and that forward them
+    takers: int  # and that take what is handed over
     threads: int
     shared_bytes: int
 
@@ -58,19 +61,23 @@ class Beside(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int, is_staged: bool) -> Shape:
+def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int, is_staged: bool, is_windowed: bool) -> Shape:
     """As `epcomm.kernels.dispatch.shape`. Some warps send rows, the others forward them: from each other node about as
-    many as are sent to the own one. `is_staged` as for `epcomm.kernels.rings.Rings`.
+    many as are sent to the own one. Half of all take them where outputs are outside of the arena, if `is_windowed`.
+    `is_staged` as for `epcomm.kernels.rings.Rings`.
     """
+    most = _MAX_ROW_WARPS - (BESIDE_WARPS if is_windowed else 0)
     pieces = cut(row_bytes, _MAX_STAGED_PIECE if is_staged else _MAX_PIECE)
     stage_bytes = STAGES * pieces.piece_bytes if memory else 0
-    warps = _MAX_ROW_WARPS
+    warps = most
     if memory:
         wanted = warps if is_staged else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
-        warps = num_warps(memory, STAGES, stage_bytes, max(2, min(_MAX_ROW_WARPS, wanted)))
-    senders = max(1, min(warps - 1, round(warps * (_SENDING if is_staged else 1 / num_nodes))))
-    threads = 32 * (warps + 2 * BESIDE_WARPS)
-    return Shape(pieces, senders, warps - senders, threads, pipe_bytes(warps, STAGES, stage_bytes))
+        warps = num_warps(memory, STAGES, stage_bytes, max(4 if is_windowed else 2, min(most, wanted)))
+    takers = warps // 2 if is_windowed else 0
+    movers = warps - takers
+    senders = max(1, min(movers - 1, round(movers * (_SENDING if is_staged else 1 / num_nodes))))
+    threads = 32 * (warps + (3 if is_windowed else 2) * BESIDE_WARPS)
+    return Shape(pieces, senders, movers - senders, takers, threads, pipe_bytes(warps, STAGES, stage_bytes))
 
 
 @functools.lru_cache(maxsize=256)

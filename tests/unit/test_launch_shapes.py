@@ -182,19 +182,21 @@ def test_default_number_of_sms(sms, ranks_on_gpu, wanted):
 NODES = [(1, 2), (2, 1), (2, 2), (4, 2), (2, 4), (1, 8), (8, 2), (8, 4), (16, 2), (1, 32)]  # ranks of a node, nodes
 
 
+@pytest.mark.parametrize("is_windowed", [False, True])
 @pytest.mark.parametrize("is_staged", [False, True])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(("per_node", "num_nodes"), NODES)
-def test_internode_dispatch(per_node, num_nodes, memory, is_staged):
+def test_internode_dispatch(per_node, num_nodes, memory, is_staged, is_windowed):
     for blocks_on_gpu in (1, 24, 128):
         for row_bytes in ROW_BYTES:
-            shape = internode_dispatch.shape(row_bytes, num_nodes, memory, blocks_on_gpu, is_staged)
+            shape = internode_dispatch.shape(row_bytes, num_nodes, memory, blocks_on_gpu, is_staged, is_windowed)
             assert_covers(shape.pieces, row_bytes)
             assert_fits(shape.threads, shape.shared_bytes, memory, 768)
             assert min(shape.senders, shape.forwarders) >= 1
-            assert shape.senders + shape.forwarders + 2 * dispatch.BESIDE_WARPS == shape.threads // 32
+            assert (shape.takers >= 1) == is_windowed
+            warps, roles = shape.senders + shape.forwarders + shape.takers, 3 if is_windowed else 2
+            assert warps + roles * dispatch.BESIDE_WARPS == shape.threads // 32
             if memory:
-                warps = shape.senders + shape.forwarders
                 stages = internode_dispatch.STAGES * warps * (8 + shape.pieces.piece_bytes)
                 assert stages <= shape.shared_bytes < stages + 128
     for row_bytes in ROW_BYTES:

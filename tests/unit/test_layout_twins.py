@@ -135,6 +135,9 @@ STRUCTS = {
             *NODES,
             *ring("rows"),
             *ring("beside"),
+            *[name.replace("nodes.", "handed.", 1) for name in NODES],
+            *ring("handed_rows"),
+            *ring("handed_beside"),
             *ENTRY,
             *array("slot_field", 5),
             *words("has_metadata x scales scale_stride_token scale_stride_scale"),
@@ -143,7 +146,7 @@ STRUCTS = {
             "node_counts",
             *pieces("pieces"),
             *words("stage_bytes num_scales scale_bytes num_topk index_bytes num_local_experts"),
-            *words("num_worst_tokens is_forced has_weights num_senders num_forwarders"),
+            *words("num_worst_tokens is_forced has_weights num_senders num_forwarders num_takers unused"),
         ],
     ),
     "InternodeCombineArgs": (

@@ -42,7 +42,7 @@ class Job:
 
     Attributes:
         has_low_latency: there are low-latency operations, and `low_latency`.
-        rings: for what comes from other nodes; None on one node.
+        rings, handover: see `Regions`; None on one node.
 
     Raises:
         UnsupportedOption: too many ranks, nodes that cannot be reached, or masks of ranks on several hosts.
@@ -124,7 +124,7 @@ class Job:
 
     def _use_memory(self, regions: Regions, cubins: Mapping[Program, bytes], settings: Settings) -> None:
         regions.register(self.launch.modules)
-        self.rings = regions.rings
+        self.rings, self.handover = regions.rings, regions.handover
         self.base = regions.bases[self.rank]
         self.arena_offset, self.arena_bytes = regions.arena_offset, regions.arena_bytes
         start, may_synchronize = self.base + self.arena_offset, not self.in_process

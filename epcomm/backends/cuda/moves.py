@@ -151,23 +151,26 @@ class InternodeMovePlan(MovePlan):
 
     def _prepare(self, job: Job) -> None:
         assert job.rings is not None
+        assert job.handover is not None
         sizes, per_node = self.sizes, job.ranks_per_node
         blocks_on_gpu = self._blocks * job.placement.ranks_on_gpu
-        self._shape = internode.shape(
-            sizes.row_bytes, job.num_nodes, job.launch.stage_memory, blocks_on_gpu, job.rings.is_staged
-        )
+        terms = (sizes.row_bytes, job.num_nodes, job.launch.stage_memory, blocks_on_gpu, job.rings.is_staged)
+        self._node_shapes = [internode.shape(*terms, is_windowed) for is_windowed in (False, True)]
         scales_bytes, topk_bytes = sizes.num_scales * sizes.scale_bytes, sizes.num_topk * sizes.index_bytes
         beside = internode.beside(per_node, scales_bytes, topk_bytes, sizes.num_topk * 4 if sizes.has_weights else 0)
         is_staged = job.rings.is_staged
         rows = internode.rows(sizes.row_bytes, is_staged)
         while rows.unit_tokens > 1 and not job.rings.has_room(rows, beside.message):
             rows = internode.rows(sizes.row_bytes, is_staged, rows.unit_tokens // 2)
-        rings = job.rings.cut((rows, beside.message), internode.WANTED_GROUPS)
-        self._rings = (*job.rings.nodes, *rings[0], *rings[1])
+        self._rings: list[int] = []
+        for area in (job.rings, job.handover):
+            self._rings += area.nodes
+            for ring in area.cut((rows, beside.message), internode.WANTED_GROUPS):
+                self._rings += ring
         self._slot_fields = beside.fields  # type: ignore[assignment]
 
     def _launch(self, job: Job, turn: CudaTurn, move: _Move) -> None:
-        shape = self._shape
+        shape = self._node_shapes[move.is_windowed]
         fields = (
             *self._rings,
             *move.entry,
@@ -182,6 +185,8 @@ class InternodeMovePlan(MovePlan):
             *move.flags,
             shape.senders,
             shape.forwarders,
+            shape.takers,
+            0,
         )
         job.launch.dispatch(turn.stream, self._blocks, shape, fields)
 

@@ -79,15 +79,9 @@ class Outputs:
 
     @classmethod
     def of(cls, job: Job, turn: CudaTurn, sizes: Sizes, num_rows: int, has_metadata: bool) -> Self:
-        """In the arena if it has room, else outside of it.
-
-        Raises:
-            CapacityError: on several nodes, where there is no way outside.
-        """
+        """In the arena if it has room, else outside of it."""
         outputs = cls(turn, sizes, num_rows, has_metadata)
         if not outputs._are_in_arena(job):
-            if job.rings is not None:
-                raise no_room(job, "dispatch", "outputs", num_rows * sizes.row_bytes)
             outputs._allocate(job.outputs, high=False)
             outputs.is_windowed, outputs.offsets = True, (THROUGH_WINDOW, THROUGH_WINDOW)
         return outputs

@@ -47,6 +47,7 @@ class Regions:
         arena_offset, arena_bytes: of the arena, in a region.
         low_latency: the low-latency area, among words and messages; empty without low-latency operations.
         rings: for what goes to other nodes and comes from there, behind it; None on one node.
+        handover: on several nodes, for rows of arrays that lie outside of the arena; behind that.
 
     Raises:
         CapacityError: no room on the GPU, in the symmetric heap, or in the rings.
@@ -91,11 +92,15 @@ class Regions:
         )
         end = self.low_latency.end
         self.rings: Rings | None = None
+        self.handover: Rings | None = None
         if has_nodes:
             num_bytes = round_up(settings.num_network_bytes, UNIT)
             where = (end, num_bytes, topology.rank, topology.ranks_per_node, topology.num_nodes)
             self.rings = Rings(*where, is_staged=has_network)
             end += num_bytes
+            # A ring for each rank, as if it were a node.
+            self.handover = Rings(end, WINDOW_BYTES, topology.rank, 1, topology.size, is_staged=False)
+            end += WINDOW_BYTES
         return end
 
     def _join_network(self, settings: Settings, num_bytes: int) -> None:
