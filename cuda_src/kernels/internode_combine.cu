@@ -7,6 +7,8 @@
 // answer. Nobody leaves before the ranks of its node are done, which protects `x`, and those on its rail, which have its
 // answers then.
 //
+// Ranks whose `x` is outside of their arenas have warps that feed it to those who sum; see internode_combine_feed.cuh.
+//
 // Regions: reads blocks of the ranks of the own node, writes rings of the ranks on the rail. Words: combine_entry,
 // combine_done, and those of the rings; see sync/ring.cuh.
 #include "kernels/internode_combine_answer.cuh"
@@ -23,9 +25,10 @@ __device__ inline bool run(const InternodeCombineArgs& args, const Call& call, S
     uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp) * kStages * args.stage_bytes;
     PullPipe<kStages> pipe(stages, barriers, pulled, args.stage_bytes);
-    const bool good = warp < num_gathering
-                          ? gather(args, call, shared, pipe, {warp, num_gathering})
-                          : answer(args, call, shared, pipe, {warp - num_gathering, warps_per_block() - num_gathering});
+    const int first_feeding = warps_per_block() - args.num_feeding, num_answering = first_feeding - num_gathering;
+    const bool good = warp < num_gathering   ? gather(args, call, shared, pipe, {warp, num_gathering})
+                      : warp < first_feeding ? answer(args, call, shared, pipe, {warp - num_gathering, num_answering})
+                                             : feed(args, call, shared, {warp - first_feeding, args.num_feeding});
     return __syncthreads_and(good);
 }
 

@@ -3,6 +3,7 @@
 
 #include "common/numerics.cuh"
 #include "kernels/internode.cuh"
+#include "sync/handover.cuh"
 #include "sync/pull.cuh"
 
 #ifndef KERNEL_STAGES
@@ -22,9 +23,12 @@ struct InternodeCombineArgs {
     Nodes nodes;
     Ring asked;      // a row of a message: int32 [ranks_per_node], where the rows of a token are that has some there, or -1
     Ring answered;   // a row of a message: the sum of these rows, and that of their weights
+    Nodes handed;    // rows of the own node's ranks whose `x` is outside of their arenas, see internode_combine_feed.cuh
+    Ring fed;
     EntryArgs entry;  // its metadata: the weights
     uint64_t x;                // this rank's rows, [num_rows, row_bytes]
     uint64_t x_weights;        // float32 [num_rows, num_topk], or 0
+    uint64_t src_idx;          // int32 [num_rows], the rows' tokens at their sources
     uint64_t send_pos;         // int32 [num_tokens, num_ranks]
     uint64_t rank_prefix;      // int32 [num_ranks, num_ranks]
     uint64_t bias[2];          // [num_tokens, row_bytes], or 0
@@ -34,15 +38,17 @@ struct InternodeCombineArgs {
     uint32_t stage_bytes;      // of shared memory
     uint32_t answer_weights;   // offset in a row of an answer
     int32_t num_topk, num_worst_tokens;
-    int32_t num_gathering;     // warps of a block; the others answer
+    int32_t num_gathering;     // warps of a block; the others answer,
+    int32_t num_feeding;       // but for these, behind them: this rank's `x` is outside of its arena
+    int32_t unused;
 };
-static_assert(sizeof(InternodeCombineArgs) == sizeof(Comm) + 24 + 2 * 24 + 64 + 8 * 8 + 6 * 4,
+static_assert(sizeof(InternodeCombineArgs) == sizeof(Comm) + 2 * 24 + 3 * 24 + 64 + 9 * 8 + 8 * 4,
               "InternodeCombineArgs differs from epcomm/kernels/internode_combine.py");
 
 // Where the rows of a rank of the own node are.
 struct Places {
     uint64_t rows, weights;  // addresses of row 0
-    bool is_windowed;        // never: enter() asks
+    bool is_windowed;        // they are outside of its arena, and not this rank's own
 };
 
 struct Shared {
@@ -64,6 +70,11 @@ __device__ inline bool find_places(const InternodeCombineArgs& args, Shared& sha
         return true;
     }
     if (args.nodes.node_of(r) != args.nodes.own) return true;
+    if (shared.entries[r].rows == kThroughWindow) {
+        places.is_windowed = true;
+        places.rows = places.weights = 0;
+        return true;
+    }
     // Of what the rank has received, which is no more than there is room for.
     const int32_t* received = pointer<const int32_t>(args.rank_prefix) + (comm.num_ranks - 1) * comm.num_ranks;
     const uint64_t num_rows = min(received[r], shared.extents.num_rows[r]);
@@ -137,13 +148,33 @@ __device__ __noinline__ float sum_floats(uint64_t address, int count) {
     return sum;
 }
 
+// Lane k: what local rank k has fed of a unit, if it does.
+struct Fed {
+    uint64_t group = 0;  // 0: its rows are in its arena
+    int first = 0, count = 0;
+    uint64_t* taken = nullptr;  // its word, to be released behind the unit
+
+    // Address of a row there, 0 if it is not.
+    __device__ uint64_t row_at(const InternodeCombineArgs& args, int row) const {
+        const bool is_there = row >= first && row - first < count;
+        return is_there ? group + static_cast<uint64_t>(row - first) * args.fed.row_bytes + kPlacesBytes : 0;
+    }
+};
+
 // Lane k: where the row of local rank k is, and its weights; 0 if `row` is negative.
-__device__ inline uint64_t local_row_at(const InternodeCombineArgs& args, const Shared& shared, int lane, int row) {
+__device__ inline uint64_t local_row_at(const InternodeCombineArgs& args, const Shared& shared, const Fed& fed, int lane,
+                                        int row) {
     if (row < 0) return 0;
+    if (fed.group != 0) return fed.row_at(args, row);
     return shared.places[args.nodes.first_local() + lane].rows + static_cast<uint64_t>(row) * args.row_bytes;
 }
-__device__ inline uint64_t local_weights_at(const InternodeCombineArgs& args, const Shared& shared, int lane, int row) {
+__device__ inline uint64_t local_weights_at(const InternodeCombineArgs& args, const Shared& shared, const Fed& fed,
+                                            int lane, int row) {
     if (row < 0) return 0;
+    if (fed.group != 0) {
+        const uint64_t at = fed.row_at(args, row);
+        return at != 0 ? at + args.answer_weights : 0;
+    }
     return shared.places[args.nodes.first_local() + lane].weights + static_cast<uint64_t>(row) * args.num_topk * sizeof(float);
 }
 

@@ -2,7 +2,7 @@
 // rows there, sum the rows of the own node in the same way, and add all in the order of nodes.
 #pragma once
 
-#include "kernels/internode_combine.cuh"
+#include "kernels/internode_combine_feed.cuh"
 
 namespace epcomm {
 
@@ -103,7 +103,7 @@ __device__ inline void sum_weights(const InternodeCombineArgs& args, int token, 
 
 // One warp: the sums of a unit, whose answers are there.
 __device__ inline void gather_unit(const InternodeCombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe,
-                                   const Destination& to, uint32_t unit) {
+                                   const Destination& to, const Fed& fed, uint32_t unit) {
     const Comm& comm = args.comm;
     const int lane = lane_index();
     const Tokens tokens(args, unit);
@@ -114,8 +114,8 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
         const int row = wanted.local_row(args, to);
         rows = weights = 0;
         if (to.local >= 0) {
-            rows = local_row_at(args, shared, lane, row);
-            weights = local_weights_at(args, shared, lane, row);
+            rows = local_row_at(args, shared, fed, lane, row);
+            weights = local_weights_at(args, shared, fed, lane, row);
         } else if (wanted.has_node(args, to.node)) {
             rows = answer + static_cast<uint64_t>(num_answers++) * args.answered.row_bytes;
             weights = rows + args.answer_weights;
@@ -157,7 +157,10 @@ __device__ inline bool gather(const InternodeCombineArgs& args, const Call& call
             next += step;
         }
         if (!await_answers(args, call, to, unit)) return false;
-        gather_unit(args, shared, pipe, to, unit);
+        Fed fed;
+        if (shared.windowed != 0 && !await_fed(args, call, shared, args.comm.rank, unit, fed)) return false;
+        gather_unit(args, shared, pipe, to, fed, unit);
+        if (shared.windowed != 0) note_fed(call, fed, unit);
         note_used(args, call, unit);
     }
     return true;

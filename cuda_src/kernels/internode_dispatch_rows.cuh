@@ -12,8 +12,6 @@
 
 namespace epcomm {
 
-inline constexpr uint64_t kPlacesBytes = round_up(kMaxRanks * sizeof(int32_t), kUnit);  // as in epcomm/kernels/internode_dispatch.py
-
 // What a node gets of a unit, or a local rank whose rows are handed over; of a lane that stands for one.
 struct Sent {
     int num_rows = 0;

@@ -21,6 +21,8 @@
 namespace epcomm {
 
 inline constexpr uint32_t kMaxGroups = 512;
+// Ahead of a row, where it says where that goes; as in epcomm/kernels/rings.py.
+inline constexpr uint64_t kPlacesBytes = round_up(kMaxRanks * sizeof(int32_t), kUnit);
 inline constexpr uint32_t kMaxUnit = 32;  // tokens; as many rows are in a message at most
 
 // The words of a group, by what they tell.

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from epcomm.jit import Program
 from epcomm.kernels.dispatch import BESIDE_WARPS
-from epcomm.kernels.layout import MAX_RANKS, NUM_ENTRY_AGREED, UNIT, round_up
-from epcomm.kernels.rings import MAX_UNIT, NODES, RING, Message
+from epcomm.kernels.layout import NUM_ENTRY_AGREED, UNIT, round_up
+from epcomm.kernels.rings import MAX_UNIT, NODES, PLACES_BYTES, RING, Message
 from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
 
-__all__ = ["ENTRY", "FIELDS", "PLACES_BYTES", "PROGRAM", "WANTED_GROUPS", "Beside", "Shape", "beside", "rows", "shape"]
+__all__ = ["ENTRY", "FIELDS", "PROGRAM", "WANTED_GROUPS", "Beside", "Shape", "beside", "rows", "shape"]
 
 STAGES = 2
 PROGRAM = Program("kernels/internode_dispatch.cu", (("KERNEL_STAGES", str(STAGES)),))
@@ -26,20 +26,18 @@ _MAX_PIECE = 14336  # bytes
 _MAX_STAGED_PIECE = 7168
 _SENDING = 0.6
 _MOST_STAGED_TOKENS = 2  # what a node wants of these lies together
-PLACES_BYTES = round_up(4 * MAX_RANKS, UNIT)  # an int32 for every rank, or for those of a node
 _UNIT_BYTES = 32 << 10  # of rows of a message: less is bound by latency, more comes late
 _BESIDE_TOKENS = 8
 WANTED_GROUPS = (256, 128)  # of rows, and of what is beside them
 
 # area, ranks_per_node, num_nodes, own, local;
-# rows: offset, num_groups, group_bytes, row_bytes, unit_tokens; beside: likewise; and all that again for what is handed over;
+# rows: offset, num_groups, group_bytes, row_bytes, unit_tokens; beside: likewise; the same for what is handed over;
 # entry: rows, metadata, num_tokens, unused, agreed[12]; slot_field[5], has_metadata;
 # x, scales, scale_stride_token, scale_stride_scale, topk_idx, topk_weights, send_pos, rank_prefix; out[5];
 # node_counts; pieces[3], stage_bytes; num_scales, scale_bytes, num_topk, index_bytes, num_local_experts,
 # num_worst_tokens, is_forced, has_weights, num_senders, num_forwarders, num_takers, unused
-FIELDS = struct.Struct(
-    f"{NODES.format}{2 * RING.format[1:]}{NODES.format[1:]}{2 * RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I12i"
-)
+_AREA = f"{NODES.format[1:]}{2 * RING.format[1:]}"
+FIELDS = struct.Struct(f"<{2 * _AREA}2IiI{NUM_ENTRY_AGREED}I5Ii2Q2q4Q5QQ4I12i")
 
 
 class Shape(NamedTuple):

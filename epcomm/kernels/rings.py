@@ -6,12 +6,24 @@ import struct
 from typing import NamedTuple
 
 from epcomm.errors import CapacityError
-from epcomm.kernels.layout import UNIT, round_up
+from epcomm.kernels.layout import MAX_RANKS, UNIT, round_up
 
-__all__ = ["MAX_GROUPS", "MAX_UNIT", "NODES", "RING", "Message", "Ring", "Rings", "least_area_bytes", "words_bytes"]
+__all__ = [
+    "MAX_GROUPS",
+    "MAX_UNIT",
+    "NODES",
+    "PLACES_BYTES",
+    "RING",
+    "Message",
+    "Ring",
+    "Rings",
+    "least_area_bytes",
+    "words_bytes",
+]
 
 MAX_GROUPS = 512
 MAX_UNIT = 32  # tokens
+PLACES_BYTES = round_up(4 * MAX_RANKS, UNIT)  # ahead of a row: an int32 for every rank, or for those of a node
 _NUM_WORDS = 6
 _SOME_GROUPS = 16
 _LEAST_BYTES = 16 << 10  # a node: a group of the smallest rows

@@ -388,5 +388,7 @@ def test_outputs_without_room_in_the_arena(make_buffer, comm, num_nvl_bytes):
                 inputs = case.inputs(comm.size)
                 _, result = checks.dispatch(buffer, inputs)
                 checks.assert_dispatched(buffer, inputs, result)
+                combined = checks.combine(buffer, inputs, result, inputs.case.num_biases, with_weights=True)
+                checks.assert_combined(buffer, inputs, combined, inputs.case.num_biases, with_weights=True)
                 del result
         comm.barrier()

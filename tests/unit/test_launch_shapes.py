@@ -18,7 +18,7 @@ from epcomm.kernels import (
     low_latency_dispatch,
 )
 from epcomm.kernels.layout import MAX_RANKS, UNIT
-from epcomm.kernels.rings import MAX_GROUPS, Message, Rings, words_bytes
+from epcomm.kernels.rings import MAX_GROUPS, PLACES_BYTES, Message, Rings, words_bytes
 from epcomm.kernels.rows import Pieces, stage_memory
 from epcomm.kernels.window import PARTS, WINDOW_BYTES, Window
 
@@ -203,18 +203,20 @@ def test_internode_dispatch(per_node, num_nodes, memory, is_staged, is_windowed)
         message = internode_dispatch.rows(row_bytes, is_staged)
         assert 1 <= message.unit_tokens <= 32
         assert message.unit_tokens <= 2 or not is_staged
-        assert message.row_bytes >= internode_dispatch.PLACES_BYTES + row_bytes
-        assert (internode_dispatch.PLACES_BYTES % UNIT, message.row_bytes % UNIT) == (0, 0)
+        assert message.row_bytes >= PLACES_BYTES + row_bytes
+        assert (PLACES_BYTES % UNIT, message.row_bytes % UNIT) == (0, 0)
 
 
+@pytest.mark.parametrize("is_windowed", [False, True])
 @pytest.mark.parametrize("is_staged", [False, True])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(("per_node", "num_nodes"), NODES)
-def test_internode_combine(per_node, num_nodes, memory, is_staged):
+def test_internode_combine(per_node, num_nodes, memory, is_staged, is_windowed):
     for row_bytes in ROW_BYTES:
-        shape = internode_combine.shape(row_bytes, per_node, num_nodes, memory, is_staged)
+        shape = internode_combine.shape(row_bytes, per_node, num_nodes, memory, is_staged, is_windowed)
         assert_fits(shape.threads, shape.shared_bytes, memory, 512)
-        assert 1 <= shape.gathering < shape.threads // 32
+        assert 1 <= shape.gathering < shape.threads // 32 - shape.feeding
+        assert (shape.feeding > 0) == is_windowed
         # Room for a piece from each source at once, of what a warp takes at a time at least; or for their addresses.
         sources = per_node + num_nodes - 1
         assert shape.stage_bytes >= sources * (min(512, row_bytes) if memory else 8)

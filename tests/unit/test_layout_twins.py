@@ -157,9 +157,11 @@ STRUCTS = {
             *NODES,
             *ring("asked"),
             *ring("answered"),
+            *[name.replace("nodes.", "handed.", 1) for name in NODES],
+            *ring("fed"),
             *ENTRY,
-            *words("x x_weights send_pos rank_prefix bias[0] bias[1] out out_weights"),
-            *words("row_bytes stage_bytes answer_weights num_topk num_worst_tokens num_gathering"),
+            *words("x x_weights src_idx send_pos rank_prefix bias[0] bias[1] out out_weights"),
+            *words("row_bytes stage_bytes answer_weights num_topk num_worst_tokens num_gathering num_feeding unused"),
         ],
     ),
 }

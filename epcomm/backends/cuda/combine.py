@@ -9,7 +9,6 @@ import numpy as np
 from epcomm.arrays import ArrayView
 from epcomm.backends.agreement import combine_payload, values_with_handle
 from epcomm.backends.cuda.job import Job
-from epcomm.backends.cuda.outputs import no_room
 from epcomm.backends.cuda.turn import CudaTurn
 from epcomm.backends.protocol import CombineOutcome, CombineRequest
 from epcomm.kernels import combine as kernel
@@ -86,27 +85,27 @@ class _InternodePlan(_Plan):
 
     def _prepare(self, job: Job, num_topk: int) -> None:
         assert job.rings is not None
-        self._node_shape = internode.shape(
-            self._row_bytes, job.ranks_per_node, job.num_nodes, job.launch.stage_memory, job.rings.is_staged
-        )
+        assert job.handover is not None
         per_node = job.ranks_per_node
-        asked, answered, self._weights = internode.messages(self._row_bytes, num_topk, per_node)
+        terms = (self._row_bytes, per_node, job.num_nodes, job.launch.stage_memory, job.rings.is_staged)
+        self._node_shapes = [internode.shape(*terms, is_windowed) for is_windowed in (False, True)]
+        asked, answered, fed, self._weights = internode.messages(self._row_bytes, num_topk, per_node)
         while asked.unit_tokens > 1 and not job.rings.has_room(asked, answered):
-            asked, answered, _ = internode.messages(self._row_bytes, num_topk, per_node, asked.unit_tokens // 2)
+            asked, answered, fed, _ = internode.messages(self._row_bytes, num_topk, per_node, asked.unit_tokens // 2)
         rings = job.rings.cut((asked, answered), (internode.WANTED_GROUPS,) * 2)
         num_groups = min(ring.num_groups for ring in rings)  # a question has room for its answer
         self._rings = [*job.rings.nodes]
         for ring in rings:
             self._rings += ring._replace(num_groups=num_groups)
+        self._rings += (*job.handover.nodes, *job.handover.cut((fed,), (internode.WANTED_GROUPS,))[0])
 
     def launch(self, job: Job, turn: CudaTurn, one: _Sum) -> None:
-        shape = self._node_shape
-        x, x_weights, _, *others = one.arrays  # the source indices stay at home
+        shape = self._node_shapes[one.entry[0] == THROUGH_WINDOW]
         sizes = (
             *(self._row_bytes, shape.stage_bytes, self._weights),
-            *(one.num_topk, one.num_worst_tokens, shape.gathering),
+            *(one.num_topk, one.num_worst_tokens, shape.gathering, shape.feeding, 0),
         )
-        fields = (*self._rings, *one.entry, x, x_weights, *others, *sizes)
+        fields = (*self._rings, *one.entry, *one.arrays, *sizes)
         job.launch.combine(turn.stream, self._dtype, self._blocks, shape, fields)
 
 
@@ -154,8 +153,6 @@ def _own_offsets(job: Job, turn: CudaTurn, x: ArrayView, weights: ArrayView | No
     rows = _offset_in_arena(job, turn, x, copies)
     own_weights = NO_BLOCK if rows is None or weights is None else _offset_in_arena(job, turn, weights, copies)
     if rows is None or own_weights is None:
-        if job.rings is not None:
-            raise no_room(job, "combine", "copies of x and topk_weights", x.spec.num_bytes)
         return THROUGH_WINDOW, THROUGH_WINDOW, copies
     return rows, own_weights, copies
 

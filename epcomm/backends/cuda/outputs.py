@@ -11,12 +11,11 @@ import numpy as np
 from epcomm.arrays import ArraySpec, ArrayView
 from epcomm.backends.cuda.job import Job
 from epcomm.backends.cuda.turn import CudaTurn, output_spec
-from epcomm.errors import CapacityError
 from epcomm.kernels import dispatch as kernel
 from epcomm.kernels.layout import NO_BLOCK, THROUGH_WINDOW, UNIT, MetadataLayout, scales_offset
 from epcomm.memory import Block, BlockPool
 
-__all__ = ["Outputs", "Sizes", "no_room"]
+__all__ = ["Outputs", "Sizes"]
 
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
@@ -165,13 +164,3 @@ class Outputs:
 
     def _over(self, block: Block, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArrayView:
         return ArrayView(output_spec(shape, dtype, self._turn.place), block.ptr + offset, block)
-
-
-def no_room(job: Job, operation: str, what: str, num_bytes: int) -> CapacityError:
-    """The arena is too small; on one node there is another way."""
-    return CapacityError(
-        operation,
-        got=f"no room in the arena of {job.arena_bytes} bytes for {what}, {num_bytes} bytes and more",
-        wanted="outputs in the arena, on several nodes",
-        do="raise num_nvl_bytes, or hold fewer outputs",
-    )

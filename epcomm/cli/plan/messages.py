@@ -28,7 +28,7 @@ from typing import Protocol
 
 from epcomm.kernels import internode_combine, internode_dispatch
 from epcomm.kernels.layout import MAX_RANKS, NUM_AGREED, round_up
-from epcomm.kernels.rings import Message
+from epcomm.kernels.rings import PLACES_BYTES, Message
 
 __all__ = ["Messages", "Moved", "Sizes", "Traffic", "combine_sends", "dispatch_sends"]
 
@@ -103,7 +103,7 @@ class Messages:
         self.rows = internode_dispatch.rows(sizes.dispatch_row_bytes, True)
         beside = internode_dispatch.beside(gpus, sizes.scales_bytes, *choices).message
         self.beside = beside if sizes.beside_bytes else None
-        self.asked, self.answered, _ = internode_combine.messages(sizes.combine_row_bytes, 0, gpus)
+        self.asked, self.answered, *_ = internode_combine.messages(sizes.combine_row_bytes, 0, gpus)
 
     @property
     def of_dispatch(self) -> tuple[Message, ...]:
@@ -142,9 +142,9 @@ class Traffic:
 def dispatch_sends(sizes: Sizes, moved: Moved) -> Traffic:
     """Of a whole dispatch, or of one with a handle."""
     messages, num_far = Messages(sizes), sizes.num_ranks - sizes.gpus
-    payload = moved.crossing * (messages.rows.row_bytes - internode_dispatch.PLACES_BYTES)
+    payload = moved.crossing * (messages.rows.row_bytes - PLACES_BYTES)
     other, operations = _entries(num_far)
-    other += moved.crossing * internode_dispatch.PLACES_BYTES
+    other += moved.crossing * PLACES_BYTES
     for message in messages.of_dispatch:
         num_messages, num_filled = moved.messages(message.unit_tokens)
         other += 2 * num_messages * _WORD_BYTES
