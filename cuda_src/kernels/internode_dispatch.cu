@@ -21,28 +21,43 @@ namespace epcomm {
 
 inline constexpr int kStages = KERNEL_STAGES;
 
-// All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
-__device__ inline bool run(const InternodeDispatchArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
-    if (!enter(args, call, shared)) return false;
-    if (args.num_worst_tokens > 0) note_worst_case(args);
+// One warp in its role. `kHandsOver`: results of some rank of the own node are outside of its arena. Code that is not run
+// must not be in the way of the rest.
+template <bool kHandsOver>
+__device__ __forceinline__ bool play(const InternodeDispatchArgs& args, const Call& call, const Shared& shared,
+                                     uint8_t* dynamic) {
     const int num_senders = args.num_senders, num_movers = num_senders + args.num_forwarders;
     const int num_rows = num_movers + args.num_takers, warp = warp_index();
-    bool good = true;
     if (warp < num_rows) {
         uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * kStages;
         uint8_t* stages = dynamic + round_up(num_rows * kStages * sizeof(uint64_t), kUnit) +
                           static_cast<uint64_t>(warp) * kStages * args.stage_bytes;
         RowPipe<kStages> pipe(stages, barriers, args.stage_bytes);
-        good = warp < num_senders  ? send_rows(args, call, shared, pipe, {warp, num_senders})
-               : warp < num_movers ? forward_rows(args, call, shared, pipe, {warp - num_senders, args.num_forwarders})
-                                   : take_rows(args, call, shared, pipe, {warp - num_movers, args.num_takers});
-    } else if (args.has_beside()) {
-        const int role = (warp - num_rows) / kBesideWarps;
-        const Share share = {(warp - num_rows) % kBesideWarps, kBesideWarps};
-        good = role == 0   ? send_beside(args, call, shared, share)
-               : role == 1 ? forward_beside(args, call, shared, share)
-                           : take_beside(args, call, shared, share);
+        if (warp < num_senders) return send_rows<kHandsOver>(args, call, shared, pipe, {warp, num_senders});
+        if (warp < num_movers)
+            return forward_rows<kHandsOver>(args, call, shared, pipe, {warp - num_senders, args.num_forwarders});
+        return !kHandsOver || take_rows(args, call, shared, pipe, {warp - num_movers, args.num_takers});
     }
+    if (!args.has_beside()) return true;
+    const int role = (warp - num_rows) / kBesideWarps;
+    const Share share = {(warp - num_rows) % kBesideWarps, kBesideWarps};
+    if (role == 0) return send_beside<kHandsOver>(args, call, shared, share);
+    if (role == 1) return forward_beside<kHandsOver>(args, call, shared, share);
+    return !kHandsOver || take_beside(args, call, shared, share);
+}
+
+// In registers of its own.
+__device__ __noinline__ bool play_and_hand_over(const InternodeDispatchArgs& args, Call call, const Shared& shared,
+                                                uint8_t* dynamic) {
+    return play<true>(args, call, shared, dynamic);
+}
+
+// All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
+__device__ inline bool run(const InternodeDispatchArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
+    if (!enter(args, call, shared)) return false;
+    if (args.num_worst_tokens > 0) note_worst_case(args);
+    const bool good = shared.windowed == 0 ? play<false>(args, call, shared, dynamic)
+                                           : play_and_hand_over(args, call, shared, dynamic);
     return __syncthreads_and(good);
 }
 

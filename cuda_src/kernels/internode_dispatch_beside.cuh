@@ -76,26 +76,29 @@ __device__ inline int send_beside_unit(const InternodeDispatchArgs& args, const 
     return num_sent;
 }
 
+template <bool kHandsOver>
 __device__ inline bool send_beside(const InternodeDispatchArgs& args, const Call& call, const Shared& shared,
                                    const Share& share) {
     const Comm& comm = args.comm;
     const Ring& ring = args.beside;
     const Destination to(args);
-    const Handing handing(comm, args.nodes, args.handed, shared.windowed, to.local, comm.rank, kBesideSent, kBesideTaken);
+    const Handing handing(comm, args.nodes, args.handed, kHandsOver ? shared.windowed : 0, to.local, comm.rank, kBesideSent,
+                          kBesideTaken);
     const uint32_t num_units = ring.num_units(args.entry.num_tokens);
     for (uint32_t unit = share.first(); unit < num_units; unit += share.step()) {
         if (!await_group(comm, call, args.nodes, ring, kBesideTaken, to.node, unit)) return false;
-        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_beside, unit)) return false;
+        if (kHandsOver && !handing.await(comm, call, args.handed_beside, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
         uint64_t group = to.node >= 0 ? ring.outgoing(comm, args.nodes, to.node, unit) : 0;
         if (handing.is_used) group = args.handed_beside.head(comm, args.handed, handing.owner, comm.rank, unit);
         const int num_rows = send_beside_unit(args, shared, to, handing, group, first, end);
-        if (shared.windowed != 0) handing.send(call, args.handed_beside, unit, num_rows);
+        if (kHandsOver) handing.send(call, args.handed_beside, unit, num_rows);
         send(comm, call, args.nodes, ring, kBesideSent, to.node, unit, num_rows, group);
     }
     return await_taken(comm, call, args.nodes, ring, kBesideTaken, to.node, num_units, share);
 }
 
+template <bool kHandsOver>
 __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const Call& call, const Shared& shared,
                                       const Share& share) {
     const Comm& comm = args.comm;
@@ -108,8 +111,9 @@ __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const C
         const int num_rows = await_message(comm, call, nodes, ring, kBesideSent, node, unit);
         if (num_rows < 0) return false;
         const int from = nodes.on_rail(node);
-        const Handing handing(comm, nodes, args.handed, shared.windowed, is_local ? lane : -1, from, kBesideSent, kBesideTaken);
-        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_beside, unit)) return false;
+        const Handing handing(comm, nodes, args.handed, kHandsOver ? shared.windowed : 0, is_local ? lane : -1, from,
+                              kBesideSent, kBesideTaken);
+        if (kHandsOver && !handing.await(comm, call, args.handed_beside, unit)) return false;
         const uint64_t group = handing.is_used ? args.handed_beside.head(comm, args.handed, handing.owner, from, unit) : 0;
         int num_handed = 0;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
@@ -125,7 +129,7 @@ __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const C
             spread_scales(args, slot + args.slot_field[kScales], 1, scales);
             hand_out(args, shared, chosen, token, row, handed);
         }
-        if (shared.windowed != 0) handing.send(call, args.handed_beside, unit, num_handed);
+        if (kHandsOver) handing.send(call, args.handed_beside, unit, num_handed);
         note_taken(comm, call, nodes, ring, kBesideTaken, node, unit);
         return true;
     });
@@ -146,7 +150,8 @@ __device__ inline bool take_beside(const InternodeDispatchArgs& args, const Call
             const uint64_t slot = head + static_cast<uint64_t>(i) * ring.row_bytes;
             const int row = *pointer<const volatile int32_t>(slot + args.slot_field[kRow]);
             if (row < 0 || row >= shared.extents.num_rows[comm.rank]) continue;  // as above
-            spread_scales(args, slot + args.slot_field[kScales], 1, lane == 0 ? place_of(args, shared, local, kScales, row) : 0);
+            spread_scales(args, slot + args.slot_field[kScales], 1,
+                          lane == 0 ? place_of(args, shared, local, kScales, row) : 0);
             if (!args.has_metadata) continue;
             if (lane < args.num_topk) {
                 const Chosen chosen =

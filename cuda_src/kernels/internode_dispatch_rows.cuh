@@ -77,20 +77,21 @@ __device__ inline Sent send_unit(const InternodeDispatchArgs& args, const Shared
     return sent;
 }
 
-template <typename Pipe>
+template <bool kHandsOver, typename Pipe>
 __device__ inline bool send_rows(const InternodeDispatchArgs& args, const Call& call, const Shared& shared, Pipe& pipe,
                                  const Share& share) {
     const Comm& comm = args.comm;
     const Ring& ring = args.rows;
     const Destination to(args);
-    const Handing handing(comm, args.nodes, args.handed, shared.windowed, to.local, comm.rank, kRowsSent, kRowsTaken);
+    const Handing handing(comm, args.nodes, args.handed, kHandsOver ? shared.windowed : 0, to.local, comm.rank, kRowsSent,
+                          kRowsTaken);
     const uint32_t num_units = ring.num_units(args.entry.num_tokens);
     for (uint32_t unit = share.first(); unit < num_units; unit += share.step()) {
         if (!await_group(comm, call, args.nodes, ring, kRowsTaken, to.node, unit)) return false;
-        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_rows, unit)) return false;
+        if (kHandsOver && !handing.await(comm, call, args.handed_rows, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
         const Sent sent = send_unit(args, shared, pipe, to, handing, unit, first, end);
-        if (shared.windowed != 0) handing.send(call, args.handed_rows, unit, sent.num_rows);
+        if (kHandsOver) handing.send(call, args.handed_rows, unit, sent.num_rows);
         send(comm, call, args.nodes, ring, kRowsSent, to.node, unit, sent.num_rows, sent.from);
         if (to.node >= 0 && sent.num_rows > 0)
             ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[0], sent.num_rows);
@@ -98,7 +99,7 @@ __device__ inline bool send_rows(const InternodeDispatchArgs& args, const Call& 
     return await_taken(comm, call, args.nodes, ring, kRowsTaken, to.node, num_units, share);
 }
 
-template <typename Pipe>
+template <bool kHandsOver, typename Pipe>
 __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Call& call, const Shared& shared,
                                     Pipe& pipe, const Share& share) {
     const Comm& comm = args.comm;
@@ -112,8 +113,9 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
         const int num_rows = await_message(comm, call, nodes, ring, kRowsSent, node, unit);
         if (num_rows < 0) return false;
         const int from = nodes.on_rail(node);
-        const Handing handing(comm, nodes, args.handed, shared.windowed, is_local ? lane : -1, from, kRowsSent, kRowsTaken);
-        if (shared.windowed != 0 && !handing.await(comm, call, args.handed_rows, unit)) return false;
+        const Handing handing(comm, nodes, args.handed, kHandsOver ? shared.windowed : 0, is_local ? lane : -1, from,
+                              kRowsSent, kRowsTaken);
+        if (kHandsOver && !handing.await(comm, call, args.handed_rows, unit)) return false;
         const uint64_t handed = handing.is_used ? args.handed_rows.head(comm, args.handed, handing.owner, from, unit) : 0;
         int num_handed = 0;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
@@ -131,7 +133,7 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
         };
         move_rows(pipe, args.pieces, 0, num_rows, 1, source, destination);
         pipe.finish();
-        if (shared.windowed != 0) handing.send(call, args.handed_rows, unit, num_handed);
+        if (kHandsOver) handing.send(call, args.handed_rows, unit, num_handed);
         note_taken(comm, call, nodes, ring, kRowsTaken, node, unit);
         if (lane == 0 && args.node_counts != 0 && num_rows > 0)
             ptx::atom_add_relaxed_gpu(&pointer<uint32_t>(args.node_counts)[node], static_cast<uint32_t>(num_rows));
