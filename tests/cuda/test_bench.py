@@ -57,7 +57,7 @@ def test_nodes_are_checked_and_measured(tmp_path):
     assert "counted by the backend, and as sums that came back" in done.stdout
     assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(records) == 5
+    assert len(records) == 8
     assert {record["ranks_per_node"] for record in records} == {2}
     for record in records[1:]:
         assert record["network_row_bytes_per_rank"] > 0

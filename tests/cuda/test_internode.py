@@ -6,7 +6,6 @@ Rows cross between nodes by plain stores, and through NVSHMEM.
 from __future__ import annotations
 
 import random
-import warnings
 
 import numpy as np
 import pytest
@@ -38,6 +37,7 @@ pytestmark = pytest.mark.gpu
 BY_NAME = {case.name: case for case in CASES}
 UNIFORM = BY_NAME["uniform"]
 NETWORK_BYTES = 24 << 20
+ARENA_BYTES = 64 << 20
 # Many more units than groups, of several sizes, and not the same number on all ranks.
 MANY_TOKENS = Case("many tokens", tokens=(700, 13, 901, 0, 350), hidden=64, num_topk=6, scales=row_major_scales)
 
@@ -54,7 +54,7 @@ def make_buffer(transport):
     """Makes Buffers whose nodes are connected by `transport`."""
 
     def make(
-        comm=None, ranks_per_node=1, num_rdma_bytes=NETWORK_BYTES, num_nvl_bytes=64 << 20, low_latency_mode=False
+        comm=None, ranks_per_node=1, num_rdma_bytes=NETWORK_BYTES, num_nvl_bytes=ARENA_BYTES, low_latency_mode=False
     ) -> Buffer:
         return Buffer(
             comm,
@@ -72,10 +72,10 @@ def make_buffer(transport):
 @pytest.fixture(scope="module")
 def buffer_of(make_buffer):
     """One Buffer for each size of nodes, for all cases of a job: each finds what those before it have left behind."""
-    buffers: dict[tuple[int, int], Buffer] = {}
+    buffers: dict[tuple[int, int, int], Buffer] = {}
 
-    def get(ranks_per_node: int, num_rdma_bytes: int = NETWORK_BYTES) -> Buffer:
-        key = (ranks_per_node, num_rdma_bytes)
+    def get(ranks_per_node: int, num_rdma_bytes: int = NETWORK_BYTES, num_nvl_bytes: int = ARENA_BYTES) -> Buffer:
+        key = (ranks_per_node, num_rdma_bytes, num_nvl_bytes)
         if key not in buffers:
             buffers[key] = make_buffer(None, *key)
         return buffers[key]
@@ -377,18 +377,22 @@ def no_kernels(*arguments):
     raise CompileError("kernels", got="no kernels here", wanted="some")
 
 
+@pytest.mark.ranks((4, 6))
+@all_cases
+@pytest.mark.filterwarnings("ignore:no room in the arena")
+def test_case_outside_of_the_arena(buffer_of, num_ranks, case):
+    """Rows are handed over within the node; with some room, some results lie in the arena, written as ever."""
+    for num_nvl_bytes in (4096, 16384):
+        checks.round_trip(buffer_of(2, num_nvl_bytes=num_nvl_bytes), case.inputs(num_ranks))
+
+
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("num_nvl_bytes", [4096, 1 << 20], ids=["none", "some"])
-def test_outputs_without_room_in_the_arena(make_buffer, comm, num_nvl_bytes):
-    """Rows are handed over to those who have none; with some room, the others write as before."""
-    with make_buffer(comm, 2, num_nvl_bytes=num_nvl_bytes) as buffer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for case in (BY_NAME["hidden_7168"], UNIFORM, MANY_TOKENS, BY_NAME["zipf_skew"]):
-            for _ in range(2):
-                inputs = case.inputs(comm.size)
-                _, result = checks.dispatch(buffer, inputs)
-                checks.assert_dispatched(buffer, inputs, result)
-                combined = checks.combine(buffer, inputs, result, inputs.case.num_biases, with_weights=True)
-                checks.assert_combined(buffer, inputs, combined, inputs.case.num_biases, with_weights=True)
-                del result
-        comm.barrier()
+@pytest.mark.parametrize("num_rdma_bytes", [NETWORK_BYTES, 0], ids=["spacious", "small"])
+@pytest.mark.filterwarnings("ignore:no room in the arena")
+def test_many_rows_outside_of_the_arena(buffer_of, num_ranks, num_rdma_bytes):
+    buffer = buffer_of(2, num_rdma_bytes or smallest(2), num_nvl_bytes=4096)
+    before = dict(buffer.stats)
+    for case in (MANY_TOKENS, BY_NAME["hidden_7168"], BY_NAME["zipf_skew"]):
+        checks.round_trip(buffer, case.inputs(num_ranks))
+    for way in ("dispatch_by_window", "combine_by_window"):
+        assert buffer.stats[way] > before[way]

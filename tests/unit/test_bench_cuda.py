@@ -99,9 +99,9 @@ def differences(case: Case, spoil: str = "") -> list[str]:
 
     def program(comm: Any) -> list[str]:
         routing = checks.gather_routing(comm, case)
-        per_node = case.ranks_per_node
-        with Buffer(comm, backend="host", ranks_per_node=per_node) as buffer, Buffer(comm, backend="host") as outside:
-            calls = Calls(np, buffer, outside if per_node is None else None, case, routing)
+        options: Any = {"backend": "host", "ranks_per_node": case.ranks_per_node}
+        with Buffer(comm, **options) as buffer, Buffer(comm, **options) as outside:
+            calls = Calls(np, buffer, outside, case, routing)
             if spoil and comm.rank == 1:
                 right = getattr(calls, spoil)
                 setattr(calls, spoil, lambda *args: spoilt(right(*args)))

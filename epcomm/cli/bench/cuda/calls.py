@@ -50,12 +50,12 @@ class Calls:
     Args:
         xp: cupy (numpy in tests).
         buffer: with room in its arena.
-        outside: without an arena: all that it moves goes through windows; None on several nodes, where there are none.
+        outside: without an arena: all that it moves goes through windows.
         case: the sizes.
         routing: of all ranks.
     """
 
-    def __init__(self, xp: Any, buffer: Buffer, outside: Buffer | None, case: Case, routing: checks.Routing) -> None:
+    def __init__(self, xp: Any, buffer: Buffer, outside: Buffer, case: Case, routing: checks.Routing) -> None:
         self._xp, self._buffer, self._outside, self._case, self._routing = xp, buffer, outside, case, routing
         self._rank = buffer.rank
         self.links = CaseLinks(case, RoutedRows(routing.is_token_in_rank, case.ranks_per_node or case.ranks))
@@ -68,10 +68,9 @@ class Calls:
         self._layout = self.layout()
         self._renew()
         self._handle = self.dispatch(buffer).handle
-        if outside is not None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="no room in the arena")  # that is what it is for
-                self._outside_handle = self.dispatch(outside).handle
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="no room in the arena")  # that is what it is for
+            self._outside_handle = self.dispatch(outside).handle
         bits = checks.output_bits(xp, case, routing, self._rank)
         self._y = as_rows(bits, case.combine_dtype)
         self._y_in_arena = buffer.get_combine_buffer(self._handle, case.combine_dtype)
@@ -109,11 +108,9 @@ class Calls:
         return self._buffer.dispatch(self._payload, handle=self._handle, config=self.config)
 
     def dispatch_outside(self) -> DispatchResult:
-        assert self._outside is not None
         return self.dispatch(self._outside)
 
     def cached_dispatch_outside(self) -> DispatchResult:
-        assert self._outside is not None
         return self._outside.dispatch(self._payload, handle=self._outside_handle, config=self.config)
 
     def combine_in_arena(self) -> Any:
@@ -124,7 +121,6 @@ class Calls:
         return self._buffer.combine(self._y, self._handle, config=self.config).combined_x
 
     def combine_by_window(self) -> Any:
-        assert self._outside is not None
         return self._outside.combine(self._y, self._outside_handle, config=self.config).combined_x
 
     # -- checks ---------------------------------------------------------------------------------------------------
@@ -135,32 +131,32 @@ class Calls:
         found = [
             f"get_dispatch_layout: {text}" for text in checks.check_layout(self._download, routing, rank, self.layout())
         ]
-        dispatches: list[tuple[str, Callable[[], DispatchResult]]] = [
-            ("dispatch", lambda: self.dispatch(self._buffer)),
-            ("dispatch, cached", self.cached_dispatch),
+        dispatches: list[tuple[str, Buffer, Callable[[], DispatchResult]]] = [
+            ("dispatch", self._buffer, lambda: self.dispatch(self._buffer)),
+            ("dispatch, cached", self._buffer, self.cached_dispatch),
+            ("dispatch, outside", self._outside, self.dispatch_outside),
+            ("dispatch, cached, outside", self._outside, self.cached_dispatch_outside),
         ]
-        combines = [("combine, in the arena", self.combine_in_arena), ("combine", self.combine)]
-        if self._outside is not None:
-            dispatches += [
-                ("dispatch, outside", self.dispatch_outside),
-                ("dispatch, cached, outside", self.cached_dispatch_outside),
-            ]
-            combines.append(("combine, by window", self.combine_by_window))
-        for name, call in dispatches:
+        combines = [
+            ("combine, in the arena", self._buffer, self.combine_in_arena),
+            ("combine", self._buffer, self.combine),
+            ("combine, by window", self._outside, self.combine_by_window),
+        ]
+        for name, buffer, call in dispatches:
             self._renew()
-            before = crossings(self._buffer)
+            before = crossings(buffer)
             texts = checks.check_dispatch(self._xp, self._download, case, routing, rank, self._seed, call())
-            found += [f"{name}: {text}" for text in (*texts, *self._count_differences(name, before))]
-        for name, combine in combines:
-            before = crossings(self._buffer)
+            found += [f"{name}: {text}" for text in (*texts, *self._count_differences(name, buffer, before))]
+        for name, buffer, combine in combines:
+            before = crossings(buffer)
             texts = checks.check_combine(self._xp, case, routing, rank, combine())
-            found += [f"{name}: {text}" for text in (*texts, *self._count_differences(name, before))]
+            found += [f"{name}: {text}" for text in (*texts, *self._count_differences(name, buffer, before))]
         return found
 
-    def _count_differences(self, name: str, before: tuple[int, int]) -> Iterator[str]:
+    def _count_differences(self, name: str, buffer: Buffer, before: tuple[int, int]) -> Iterator[str]:
         """What is wrong with the rows between nodes that the kernels of the call since `before` have counted."""
         self._download(self._topk_idx[:1])  # behind the call in its stream: what it has counted is there
-        return count_differences(name, before, crossings(self._buffer), self.links.crossing.by_rank[self._rank])
+        return count_differences(name, before, crossings(buffer), self.links.crossing.by_rank[self._rank])
 
     # -- what to measure ------------------------------------------------------------------------------------------
 
@@ -187,10 +183,8 @@ class Calls:
         yield Operation("get_dispatch_layout", False, 0, 0, 0), self.layout
         yield operation("dispatch", whole, 1, row, there), lambda: self.dispatch(self._buffer)
         yield operation("dispatch, cached", row, 1, row, cached), self.cached_dispatch
-        if self._outside is not None:
-            yield operation("dispatch, outside", whole, 3, row, there), self.dispatch_outside
-            yield operation("dispatch, cached, outside", row, 3, row, cached), self.cached_dispatch_outside
+        yield operation("dispatch, outside", whole, 3, row, there), self.dispatch_outside
+        yield operation("dispatch, cached, outside", row, 3, row, cached), self.cached_dispatch_outside
         yield operation("combine, in the arena", back, 1, back, here), self.combine_in_arena
         yield operation("combine", back, 3, back, here), self.combine
-        if self._outside is not None:
-            yield operation("combine, by window", back, 3, back, here), self.combine_by_window
+        yield operation("combine, by window", back, 3, back, here), self.combine_by_window

@@ -120,9 +120,7 @@ def run(comm: Communicator, case: Case) -> CudaRun:
     arena_bytes = _arena_bytes(case, row_bytes, int(routing.rows.sum(axis=0).max()))
     with ExitStack() as stack:
         buffer, first_s = _construct(comm, case, arena_bytes, stack)
-        outside, again_s = None, first_s
-        if case.num_nodes == 1:  # on several, nothing is outside of the arena
-            outside, again_s = _construct(comm, case, 0, stack)
+        outside, again_s = _construct(comm, case, 0, stack)
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
             calls = Calls(cupy, buffer, outside, case, routing)
