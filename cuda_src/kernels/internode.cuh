@@ -67,11 +67,26 @@ struct Wanted {
     }
 };
 
-// The units of one warp of a role: blockIdx.x + warp * gridDim.x and so on, in ascending order.
+// Units or messages of one warp of a role: blockIdx.x + warp * gridDim.x and so on, in ascending order.
 struct Share {
     int warp, num_warps;  // of this block in the role
+    uint32_t num_drawn = 0;
+
     __device__ uint32_t first() const { return blockIdx.x + warp * gridDim.x; }
     __device__ uint32_t step() const { return gridDim.x * num_warps; }
+    __device__ uint32_t draw() { return first() + num_drawn++ * step(); }
+};
+
+// Those of the block: a warp gets the next one that no other has, so that none is idle while there are some.
+struct Drawn {
+    uint32_t* num_drawn;  // in shared memory
+
+    // All lanes.
+    __device__ uint32_t draw() { return blockIdx.x + draw_of_block() * gridDim.x; }
+    __device__ uint32_t draw_of_block() {
+        const uint32_t number = lane_index() == 0 ? atomicAdd(num_drawn, 1u) : 0;
+        return __shfl_sync(~0u, number, 0);
+    }
 };
 
 // One warp, when it has sent all units of its share: wait until all of them are taken, the last ones of each group too.
@@ -84,23 +99,47 @@ __device__ inline bool await_taken(const Comm& comm, const Call& call, const Nod
     return true;
 }
 
-// One warp: for each message of other nodes in its share, in the order of units and then of nodes, `take(node, unit)`.
-// False: the call has failed.
+// The messages of other nodes that one warp gets, in the order of units and then of nodes.
+template <typename Source> class Incoming {
+  public:
+    uint32_t unit = 0;  // of the next one
+    int node = 0;       // from there
+
+    __device__ Incoming(const Nodes& nodes, const Entry (&entries)[kMaxRanks], const Ring& ring, Source source)
+        : nodes_(nodes), entries_(entries), ring_(ring), source_(source) {
+        uint32_t most = 0;
+        for (int other = 0; other < nodes.num_nodes; ++other)
+            if (other != nodes.own) most = max(most, num_units(other));
+        end_ = most * (nodes.num_nodes - 1);
+        advance();
+    }
+    __device__ bool is_any() const { return item_ < end_; }
+    // All lanes: to the next one. A node may have fewer units than others.
+    __device__ void advance() {
+        const uint32_t num_others = nodes_.num_nodes - 1;
+        do {
+            item_ = source_.draw();
+            const int other = item_ % num_others;
+            unit = item_ / num_others;
+            node = other < nodes_.own ? other : other + 1;
+        } while (is_any() && unit >= num_units(node));
+    }
+
+  private:
+    __device__ uint32_t num_units(int from) const { return ring_.num_units(entries_[nodes_.on_rail(from)].num_tokens); }
+    const Nodes& nodes_;
+    const Entry (&entries_)[kMaxRanks];
+    const Ring& ring_;
+    Source source_;
+    uint32_t item_, end_;
+};
+
+// One warp: `take(node, unit)` for each message of other nodes in its share. False: the call has failed.
 template <typename Args, typename Take>
 __device__ inline bool for_each_message(const Args& args, const Entry (&entries)[kMaxRanks], const Ring& ring,
                                         const Share& share, Take take) {
-    const Nodes& nodes = args.nodes;
-    const int own = nodes.own;
-    const uint32_t num_others = nodes.num_nodes - 1;
-    auto num_units = [&](int node) { return ring.num_units(entries[nodes.on_rail(node)].num_tokens); };
-    uint32_t most = 0;
-    for (int node = 0; node < nodes.num_nodes; ++node)
-        if (node != own) most = max(most, num_units(node));
-    for (uint32_t item = share.first(); item < most * num_others; item += share.step()) {
-        const uint32_t unit = item / num_others;
-        const int other = item % num_others, node = other < own ? other : other + 1;
-        if (unit < num_units(node) && !take(node, unit)) return false;
-    }
+    for (Incoming<Share> next(args.nodes, entries, ring, share); next.is_any(); next.advance())
+        if (!take(next.node, next.unit)) return false;
     return true;
 }
 

@@ -3,9 +3,9 @@
 //
 // Grid: num_sms blocks, all resident. The rank of a token knows where all of its rows are, and asks: a message of a few
 // bytes to the rank of its rail at each other node says which rows to sum, and that there is room for the answer. So nobody
-// keeps anything of the dispatch but the ranks of the tokens, and answers are never held up. Some warps gather, the others
-// answer. Nobody leaves before the ranks of its node are done, which protects `x`, and those on its rail, which have its
-// answers then.
+// keeps anything of the dispatch but the ranks of the tokens, and answers are never held up. Every warp asks, answers and
+// gathers, whichever can go on. Nobody leaves before the ranks of its node are done, which protects `x`, and those on its
+// rail, which have its answers then.
 //
 // Ranks whose `x` is outside of their arenas have warps that feed it to those who sum; see internode_combine_feed.cuh.
 //
@@ -16,19 +16,82 @@
 
 namespace epcomm {
 
+enum Turn : int { kAnswers = 1, kGathers = 2 };
+
+// One warp: answer questions and gather parts of units, each in ascending order, and never wait for one while the other can go
+// on: whatever is left of the lowest unit of all ranks can. Who asks waits for answers, so these come first. (With half of the
+// warps for each, all answers took 80 % of the time, and who gathers had to wait for the first of them.) False: the call has
+// failed.
+template <bool kHasFed>
+__device__ inline bool take_turns(const InternodeCombineArgs& args, const Call& call, Shared& shared,
+                                  PullPipe<kStages>& pipe, uint32_t num_summing) {
+    const Comm& comm = args.comm;
+    const Destination to(args);
+    const uint32_t num_units = args.asked.num_units(args.entry.num_tokens), num_parts = parts_of(args.asked);
+    const OwnUnits own(args.asked);
+    for (uint32_t k = warp_index(); k < own.num_own && own[k] < num_units; k += num_summing)
+        ask(args, call, shared, to, own[k]);
+    Incoming<Drawn> question(args.nodes, shared.entries, args.asked, {&shared.num_questions});
+    Drawn parts = {&shared.num_parts};
+    uint32_t part = parts.draw_of_block();
+    auto can = [&](uint32_t awaited, uint32_t& all_awaited) {
+        all_awaited |= awaited;
+        return __all_sync(~0u, awaited == 0);
+    };
+    auto awaited_fed = [&](int source, uint32_t unit) {
+        return kHasFed ? Feeding(args, shared, source, unit).awaited(call, unit) : 0;
+    };
+    auto fed = [&](int source, uint32_t unit) {
+        return kHasFed ? Feeding(args, shared, source, unit).find(source, unit) : Fed();
+    };
+    for (;;) {
+        const uint32_t k = part / num_parts, unit = own[k];
+        if (unit >= num_units && !question.is_any()) return true;
+        auto choose = [&](uint32_t& awaited) -> int {
+            if (question.is_any() && can(awaited_question(args, call, question.node, question.unit) |
+                                             awaited_fed(args.nodes.on_rail(question.node), question.unit),
+                                         awaited))
+                return kAnswers;
+            const bool is_there = unit < num_units && can(awaited_answers(args, call, to, unit) |
+                                                              awaited_fed(comm.rank, unit),
+                                                          awaited);
+            return is_there ? kGathers : 0;
+        };
+        const int turn = wait_for_choice(comm, call, kPhaseReady, choose);
+        if (turn == 0) return false;
+        share_acquired();
+        if (turn == kAnswers) {
+            const Fed rows = fed(args.nodes.on_rail(question.node), question.unit);
+            answer_unit(args, call, shared, pipe, rows, question.node, question.unit);
+            if (kHasFed) note_fed(call, rows, question.unit);
+            question.advance();
+        } else {
+            const Fed rows = fed(comm.rank, unit);
+            gather_part(args, shared, pipe, to, rows, unit, part % num_parts);
+            if (ends_unit(args, own, shared, k)) {
+                if (kHasFed) note_fed(call, rows, unit);
+                if (own[k + own.num_own] < num_units) ask(args, call, shared, to, own[k + own.num_own]);
+            }
+            part = parts.draw_of_block();
+        }
+    }
+}
+
 // All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
 __device__ inline bool run(const InternodeCombineArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
+    for (int i = threadIdx.x; i < kMaxGroups / 4; i += blockDim.x) shared.num_gathered[i] = 0;
+    if (threadIdx.x == 0) shared.num_questions = shared.num_parts = 0;
     if (!enter(args, call, shared)) return false;
-    const int warp = warp_index(), num_gathering = args.num_gathering;
+    const int warp = warp_index(), num_summing = warps_per_block() - args.num_feeding;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * 2 * kStages;
     Pulled* pulled = reinterpret_cast<Pulled*>(barriers + kStages);
     uint8_t* stages = dynamic + round_up(warps_per_block() * 2 * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp) * kStages * args.stage_bytes;
     PullPipe<kStages> pipe(stages, barriers, pulled, args.stage_bytes);
-    const int first_feeding = warps_per_block() - args.num_feeding, num_answering = first_feeding - num_gathering;
-    const bool good = warp < num_gathering   ? gather(args, call, shared, pipe, {warp, num_gathering})
-                      : warp < first_feeding ? answer(args, call, shared, pipe, {warp - num_gathering, num_answering})
-                                             : feed(args, call, shared, {warp - first_feeding, args.num_feeding});
+    // Code that is not run must not be in the way of the rest.
+    const bool good = warp >= num_summing    ? feed(args, call, shared, {warp - num_summing, args.num_feeding})
+                      : shared.windowed == 0 ? take_turns<false>(args, call, shared, pipe, num_summing)
+                                             : take_turns<true>(args, call, shared, pipe, num_summing);
     return __syncthreads_and(good);
 }
 

@@ -38,11 +38,9 @@ struct InternodeCombineArgs {
     uint32_t stage_bytes;      // of shared memory
     uint32_t answer_weights;   // offset in a row of an answer
     int32_t num_topk, num_worst_tokens;
-    int32_t num_gathering;     // warps of a block; the others answer,
-    int32_t num_feeding;       // but for these, behind them: this rank's `x` is outside of its arena
-    int32_t unused;
+    int32_t num_feeding;       // warps of a block, the last ones: this rank's `x` is outside of its arena
 };
-static_assert(sizeof(InternodeCombineArgs) == sizeof(Comm) + 2 * 24 + 3 * 24 + 64 + 9 * 8 + 8 * 4,
+static_assert(sizeof(InternodeCombineArgs) == sizeof(Comm) + 2 * 24 + 3 * 24 + 64 + 9 * 8 + 6 * 4,
               "InternodeCombineArgs differs from epcomm/kernels/internode_combine.py");
 
 // Where the rows of a rank of the own node are.
@@ -56,6 +54,9 @@ struct Shared {
     Places places[kMaxRanks];
     uint32_t windowed;
     Extents extents;
+    // Of this block's work.
+    uint32_t num_questions, num_parts;  // that its warps have drawn
+    uint32_t num_gathered[kMaxGroups / 4];  // parts of the unit in a group of this block, a byte each
 };
 
 // One thread per rank. False: the offsets point out of the region.

@@ -6,14 +6,27 @@
 
 namespace epcomm {
 
-// One warp: the question of `unit` from the rank of `node`, of `num_rows` of its tokens.
-__device__ inline void answer_unit(const InternodeCombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe,
-                                   const Fed& fed, int node, uint32_t unit, int num_rows) {
+// The ranks that a lane waits for with the question of `unit` from the rank of `node`, a bit each.
+__device__ inline uint32_t awaited_question(const InternodeCombineArgs& args, const Call& call, int node, uint32_t unit) {
+    if (lane_index() != 0) return 0;
+    // ACQUIRE the question. Pairs with the release of ask, there.
+    const uint64_t* asked = args.nodes.word(args.comm, args.comm.rank, kAsked, node, unit % args.asked.num_groups);
+    uint64_t word;
+    const bool is_there = acquire_if(asked, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
+    return is_there ? 0 : 1u << args.nodes.on_rail(node);
+}
+
+// One warp: the question of `unit` from the rank of `node`, which is there.
+__device__ inline void answer_unit(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
+                                   PullPipe<kStages>& pipe, const Fed& fed, int node, uint32_t unit) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
     const int lane = lane_index(), num_local = nodes.ranks_per_node;
+    const uint64_t* asked = nodes.word(comm, comm.rank, kAsked, node, unit % args.asked.num_groups);
+    const int num_rows = rows_of(args.asked, ptx::ld_relaxed_sys(asked));
     const uint64_t question = args.asked.head(comm, nodes, comm.rank, node, unit);
     const uint64_t answer = args.answered.outgoing(comm, nodes, node, unit);
+    const uint64_t there = args.answered.head(comm, nodes, comm.rank, nodes.own, unit);  // at a rank behind the network
     auto row_of = [&](int i) {
         if (lane >= num_local) return -1;
         const int row = pointer<const volatile int32_t>(question + i * args.asked.row_bytes)[lane];
@@ -24,28 +37,15 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Share
     pull_rows(pipe, args.row_bytes, num_rows, address, [&](const PulledPiece& piece) {
         const uint64_t to = answer + static_cast<uint64_t>(piece.row) * args.answered.row_bytes;
         sum_pieces(pipe, {__popc(piece.lanes), 0, 0}, piece.num_bytes, 0, 0, to + piece.begin);
-        if (piece.begin != 0 || args.num_topk == 0) return;
-        const float weight = sum_floats(local_weights_at(args, shared, fed, lane, row_of(piece.row)), args.num_topk);
-        if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;
+        if (piece.begin == 0 && args.num_topk > 0) {
+            const float weight = sum_floats(local_weights_at(args, shared, fed, lane, row_of(piece.row)), args.num_topk);
+            if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;
+        }
+        if (kHasNetwork && piece.begin + piece.num_bytes == args.row_bytes)
+            send_part(comm, nodes.on_rail(node), there + (to - answer), to, args.answered.row_bytes);
     });
-}
-
-__device__ inline bool answer(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
-                              PullPipe<kStages>& pipe, const Share& share) {
-    const Comm& comm = args.comm;
-    const Nodes& nodes = args.nodes;
-    return for_each_message(args, shared.entries, args.asked, share, [&](int node, uint32_t unit) {
-        const int num_rows = await_message(comm, call, nodes, args.asked, kAsked, node, unit);
-        if (num_rows < 0) return false;
-        Fed fed;
-        if (shared.windowed != 0 && !await_fed(args, call, shared, nodes.on_rail(node), unit, fed)) return false;
-        answer_unit(args, shared, pipe, fed, node, unit, num_rows);
-        if (shared.windowed != 0) note_fed(call, fed, unit);
-        // Who asks has room for the answer, so that none is ever waited for.
-        send(comm, call, nodes, args.answered, kAnswered, lane_index() == 0 ? node : -1, unit, num_rows,
-             args.answered.outgoing(comm, nodes, node, unit));
-        return true;
-    });
+    // Who asks has room for the answer, so that none is ever waited for.
+    send(comm, call, nodes, args.answered, kAnswered, lane == 0 ? node : -1, unit, num_rows, answer, true);
 }
 
 }  // namespace epcomm

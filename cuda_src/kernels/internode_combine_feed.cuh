@@ -10,35 +10,40 @@
 
 namespace epcomm {
 
-// One warp of the rank that sums: wait for what local ranks feed of a unit of `source`. Lane k looks after local rank k. False:
-// the call has failed.
-__device__ inline bool await_fed(const InternodeCombineArgs& args, const Call& call, const Shared& shared, int source,
-                                 uint32_t unit, Fed& fed) {
-    const Comm& comm = args.comm;
-    const Nodes& nodes = args.nodes;
-    const int lane = lane_index(), owner = nodes.first_local() + min(lane, nodes.ranks_per_node - 1);
-    const bool is_used = lane < nodes.ranks_per_node && (shared.windowed >> owner & 1);
-    const int flow = lane * nodes.num_nodes + nodes.node_of(source);
-    uint64_t word = 0;
-    auto awaited = [&] {
-        if (!is_used) return 0u;
+// One warp of the rank that sums looks after what local ranks feed of a unit of `source`; lane k after local rank k.
+struct Feeding {
+    const InternodeCombineArgs& args;
+    int owner, flow;
+    bool is_used;
+    uint32_t group;
+
+    __device__ Feeding(const InternodeCombineArgs& args, const Shared& shared, int source, uint32_t unit)
+        : args(args), group(unit % args.fed.num_groups) {
+        const Nodes& nodes = args.nodes;
+        const int lane = lane_index();
+        owner = nodes.first_local() + min(lane, nodes.ranks_per_node - 1);
+        is_used = lane < nodes.ranks_per_node && (shared.windowed >> owner & 1);
+        flow = lane * nodes.num_nodes + nodes.node_of(source);
+    }
+    __device__ const uint64_t* sent() const { return args.handed.word(args.comm, args.comm.rank, kAnswered, flow, group); }
+    // The owner that a lane waits for, as a bit.
+    __device__ uint32_t awaited(const Call& call, uint32_t unit) const {
+        if (!is_used) return 0;
         // ACQUIRE the message. Pairs with the release of feed_unit, there.
-        const uint64_t* sent = args.handed.word(comm, comm.rank, kAnswered, flow, unit % args.fed.num_groups);
-        const bool is_there = acquire_if(sent, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
-        return is_there ? 0u : 1u << owner;
-    };
-    if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return false;
-    __syncwarp();  // what a lane has acquired is there for all
-#if __CUDA_ARCH__ >= 900
-    ptx::fence_proxy_async_global();  // before bulk copies from the groups
-#endif
-    if (!is_used) return true;
-    fed.group = args.fed.head(comm, args.handed, comm.rank, flow, unit);
-    fed.first = *pointer<const volatile int32_t>(fed.group);
-    fed.count = min(static_cast<uint32_t>(word) & (2 * kMaxUnit - 1), args.fed.unit_tokens);
-    fed.taken = args.handed.word(comm, owner, kAsked, source, unit % args.fed.num_groups);
-    return true;
-}
+        uint64_t word;
+        return acquire_if(sent(), word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); }) ? 0 : 1u << owner;
+    }
+    // When nothing is awaited.
+    __device__ Fed find(int source, uint32_t unit) const {
+        Fed fed;
+        if (!is_used) return fed;
+        fed.group = args.fed.head(args.comm, args.handed, args.comm.rank, flow, unit);
+        fed.first = *pointer<const volatile int32_t>(fed.group);
+        fed.count = rows_of(args.fed, ptx::ld_relaxed_sys(sent()));
+        fed.taken = args.handed.word(args.comm, owner, kAsked, source, group);
+        return fed;
+    }
+};
 
 // The same warp, after its last look at the unit, with no bulk copy of it under way.
 __device__ inline void note_fed(const Call& call, const Fed& fed, uint32_t unit) {
@@ -70,7 +75,7 @@ __device__ inline void feed_unit(const InternodeCombineArgs& args, const Call& c
     if (lane == 0) *pointer<int32_t>(group) = first;
     __syncwarp();
     ptx::fence_acq_rel_sys();
-    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE of await_fed.
+    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE of Feeding.
     if (lane == 0)
         ptx::st_relaxed_sys(args.handed.word(comm, summing, kAnswered, flow, unit % args.fed.num_groups),
                             sent_word(call, unit, behind - first));

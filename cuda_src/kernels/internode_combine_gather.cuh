@@ -6,53 +6,48 @@
 
 namespace epcomm {
 
-// The word at this rank that says which unit of a group was used up; of the ring for the own node, which nobody asks.
-__device__ inline uint64_t* used_word(const InternodeCombineArgs& args, uint32_t unit) {
-    const int own = args.nodes.own;
-    return args.nodes.word(args.comm, args.comm.rank, kAsked, own, unit % args.asked.num_groups);
-}
+// The units of this block, in ascending order. It owns groups, and of each the units that go through it.
+struct OwnUnits {
+    uint32_t num_groups, num_own;
 
-// One warp: whether the groups of `unit` are free, or wait until they are. -1: the call has failed.
-__device__ inline int find_room(const InternodeCombineArgs& args, const Call& call, const Destination& to,
-                                uint32_t unit, bool waits) {
-    if (unit < args.asked.num_groups) return 1;
-    auto awaited = [&] {
-        // ACQUIRE the group. Pairs with the release of note_used, in another warp of this rank. That one waits for answers.
-        if (to.node < 0) return 0u;
-        uint64_t word;
-        const bool is_there = acquire_if(used_word(args, unit), word,
-                                         [&](uint64_t seen) { return is_free(call, seen, args.asked, unit); });
-        return is_there ? 0u : 1u << args.nodes.on_rail(to.node);
-    };
-    const int answer = !waits ? __all_sync(~0u, awaited() == 0)
-                              : wait_in_lanes(args.comm, call, kPhaseAck, awaited) ? 1 : -1;
-    __syncwarp();  // what a lane has acquired is there for all
-    return answer;
-}
+    __device__ explicit OwnUnits(const Ring& asked)
+        : num_groups(asked.num_groups),
+          num_own(blockIdx.x < num_groups ? (num_groups - blockIdx.x + gridDim.x - 1) / gridDim.x : 0) {}
+    // The k-th one; there is none if the block has no group.
+    __device__ uint32_t operator[](uint32_t k) const {
+        return num_own == 0 ? ~0u : k / num_own * num_groups + blockIdx.x + k % num_own * gridDim.x;
+    }
+};
 
-__device__ inline void note_used(const InternodeCombineArgs& args, const Call& call, uint32_t unit) {
-    __syncwarp();
-    // RELEASE the group. Pairs with the ACQUIRE of find_room.
-    if (lane_index() == 0) ptx::st_release_sys(used_word(args, unit), tagged(call.sequence, unit + 1));
-}
+// Warps gather units in parts, so that they come to their end together, and ask for them as a whole: a message takes a fence.
+inline constexpr uint32_t kMaxParts = 4;
 
+__device__ inline uint32_t parts_of(const Ring& asked) { return min(kMaxParts, asked.unit_tokens); }
+
+// The tokens of a part of a unit, or of all of its parts.
 struct Tokens {
     int first, count;
 
-    __device__ Tokens(const InternodeCombineArgs& args, uint32_t unit)
-        : first(unit * args.asked.unit_tokens),
-          count(min(static_cast<int>(args.asked.unit_tokens), args.entry.num_tokens - first)) {}
+    __device__ Tokens(const InternodeCombineArgs& args, uint32_t unit, uint32_t first_part, uint32_t end_part) {
+        const uint32_t unit_tokens = args.asked.unit_tokens, num_parts = parts_of(args.asked);
+        const int num_tokens = args.entry.num_tokens;
+        auto begin = [&](uint32_t part) {
+            return min(static_cast<int>(unit * unit_tokens + part * unit_tokens / num_parts), num_tokens);
+        };
+        first = begin(first_part);
+        count = begin(end_part) - first;
+    }
 };
 
 // One warp: ask every other node for the tokens of `unit` that have rows there, whose groups are free.
-__device__ inline void ask(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
-                           const Destination& to, uint32_t unit) {
+__device__ __noinline__ void ask(const InternodeCombineArgs& args, Call call, const Shared& shared, Destination to,
+                                 uint32_t unit) {
     const Comm& comm = args.comm;
     const Nodes& nodes = args.nodes;
     const int lane = lane_index(), own = nodes.own, node = nodes.node_of(min(lane, comm.num_ranks - 1));
     const bool is_far = lane < comm.num_ranks && node != own;
     const uint64_t question = is_far ? args.asked.outgoing(comm, nodes, node, unit) : 0;
-    const Tokens tokens(args, unit);
+    const Tokens tokens(args, unit, 0, parts_of(args.asked));
     uint32_t num_rows = 0;  // of all tokens at the node that a lane stands for
     for (int i = 0; i < tokens.count; ++i) {
         const Wanted wanted(args, shared.extents, tokens.first + i);
@@ -66,24 +61,16 @@ __device__ inline void ask(const InternodeCombineArgs& args, const Call& call, c
     if (to.node >= 0 && num_rows > 0) ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[1], num_rows);
 }
 
-// One warp waits for all answers to `unit`, empty ones too: they say that the questions were read.
-__device__ inline bool await_answers(const InternodeCombineArgs& args, const Call& call, const Destination& to,
-                                     uint32_t unit) {
-    const Comm& comm = args.comm;
-    auto awaited = [&] {
-        if (to.node < 0) return 0u;
-        // ACQUIRE the answer. Pairs with the release of send, there.
-        uint64_t word;
-        const uint64_t* answered = args.nodes.word(comm, comm.rank, kAnswered, to.node, unit % args.answered.num_groups);
-        const bool is_there = acquire_if(answered, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
-        return is_there ? 0u : 1u << args.nodes.on_rail(to.node);
-    };
-    if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return false;
-    __syncwarp();  // what a lane has acquired is there for all
-#if __CUDA_ARCH__ >= 900
-    ptx::fence_proxy_async_global();  // before bulk copies of the answers
-#endif
-    return true;
+// The ranks whose answers to `unit` a lane waits for, a bit each; empty ones too: they say that the questions were read.
+__device__ inline uint32_t awaited_answers(const InternodeCombineArgs& args, const Call& call, const Destination& to,
+                                         uint32_t unit) {
+    if (to.node < 0) return 0;
+    // ACQUIRE the answer. Pairs with the release of answer_unit, there.
+    uint64_t word;
+    const uint64_t* answered =
+        args.nodes.word(args.comm, args.comm.rank, kAnswered, to.node, unit % args.answered.num_groups);
+    const bool is_there = acquire_if(answered, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
+    return is_there ? 0 : 1u << args.nodes.on_rail(to.node);
 }
 
 // All lanes: the weights of a token, likewise; lane i has where its part is, or 0.
@@ -101,12 +88,12 @@ __device__ inline void sum_weights(const InternodeCombineArgs& args, int token, 
         pointer<float>(args.out_weights)[static_cast<int64_t>(token) * args.num_topk + lane] = sum;
 }
 
-// One warp: the sums of a unit, whose answers are there.
-__device__ inline void gather_unit(const InternodeCombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe,
-                                   const Destination& to, const Fed& fed, uint32_t unit) {
+// One warp: the sums of a part of a unit, whose answers are there.
+__device__ inline void gather_part(const InternodeCombineArgs& args, const Shared& shared, PullPipe<kStages>& pipe,
+                                   const Destination& to, const Fed& fed, uint32_t unit, uint32_t part) {
     const Comm& comm = args.comm;
     const int lane = lane_index();
-    const Tokens tokens(args, unit);
+    const Tokens tokens(args, unit, part, part + 1), before(args, unit, 0, part);
     const uint64_t answer = to.node >= 0 ? args.answered.head(comm, args.nodes, comm.rank, to.node, unit) : 0;
     // Of the next token `i`, of which `num_answers` are before it.
     auto places = [&](int i, uint32_t& num_answers, uint64_t& rows, uint64_t& weights) {
@@ -121,7 +108,10 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
             weights = rows + args.answer_weights;
         }
     };
-    uint32_t num_pulled = 0, num_weighed = 0;
+    uint32_t num_pulled = 0;
+    for (int token = before.first; token < tokens.first; ++token)
+        num_pulled += Wanted(args, shared.extents, token).has_node(args, to.node);
+    uint32_t num_weighed = num_pulled;
     auto address = [&](int i) {
         uint64_t rows, weights;
         places(i, num_pulled, rows, weights);
@@ -139,31 +129,22 @@ __device__ inline void gather_unit(const InternodeCombineArgs& args, const Share
     });
 }
 
-// The questions of a warp are this many of its units ahead of its sums, as long as there are groups for them.
-inline constexpr uint32_t kUnitsAhead = 3;
-
-__device__ inline bool gather(const InternodeCombineArgs& args, const Call& call, const Shared& shared,
-                              PullPipe<kStages>& pipe, const Share& share) {
-    const Destination to(args);
-    const uint32_t num_units = args.asked.num_units(args.entry.num_tokens), step = share.step();
-    uint32_t next = share.first();  // the first unit that was not asked for
-    for (uint32_t unit = share.first(); unit < num_units; unit += step) {
-        while (next < num_units && next <= unit + kUnitsAhead * step) {
-            // What a warp has asked for it sums before it waits for others.
-            const int has_room = find_room(args, call, to, next, next == unit);
-            if (has_room < 0) return false;
-            if (has_room == 0) break;
-            ask(args, call, shared, to, next);
-            next += step;
-        }
-        if (!await_answers(args, call, to, unit)) return false;
-        Fed fed;
-        if (shared.windowed != 0 && !await_fed(args, call, shared, args.comm.rank, unit, fed)) return false;
-        gather_unit(args, shared, pipe, to, fed, unit);
-        if (shared.windowed != 0) note_fed(call, fed, unit);
-        note_used(args, call, unit);
+// One warp, when it has gathered a part of the block's k-th unit: whether it was the last one of it.
+__device__ inline bool ends_unit(const InternodeCombineArgs& args, const OwnUnits& own, Shared& shared, uint32_t k) {
+    bool is_last = false;
+    __syncwarp();
+    if (lane_index() == 0) {
+        // RELEASE the group, and ACQUIRE what others have of it. Pairs with itself, in the other warps of the block.
+        __threadfence_block();
+        const uint32_t group = k % own.num_own, shift = group % 4 * 8, num_parts = parts_of(args.asked);
+        uint32_t* num_gathered = &shared.num_gathered[group / 4];
+        is_last = (atomicAdd(num_gathered, 1u << shift) >> shift & 0xff) == num_parts - 1;
+        if (is_last) atomicSub(num_gathered, num_parts << shift);  // for the next unit
+        __threadfence_block();
     }
-    return true;
+    is_last = __shfl_sync(~0u, is_last, 0);
+    __syncwarp();  // what lane 0 has acquired is there for all
+    return is_last;
 }
 
 }  // namespace epcomm

@@ -113,6 +113,14 @@ __device__ inline bool is_free(const Call& call, uint64_t taken, const Ring& rin
            (taken >> 32 == call.sequence && static_cast<uint32_t>(taken) >= unit + 1 - ring.num_groups);
 }
 
+// All lanes, when some of them have acquired messages or groups: those are there for all, and for bulk copies.
+__device__ inline void share_acquired() {
+    __syncwarp();
+#if __CUDA_ARCH__ >= 900
+    ptx::fence_proxy_async_global();
+#endif
+}
+
 // One warp; a lane with the `taken` word of a group, which `rank` writes (else null), waits until that is free for `unit`.
 __device__ inline bool await_groups(const Comm& comm, const Call& call, const Ring& ring, const uint64_t* taken, int rank,
                                     uint32_t unit) {
@@ -125,11 +133,8 @@ __device__ inline bool await_groups(const Comm& comm, const Call& call, const Ri
             return is_there ? 0u : 1u << rank;
         };
         if (!wait_in_lanes(comm, call, kPhaseAck, awaited)) return false;
-        __syncwarp();  // what a lane has acquired is there for all
     }
-#if __CUDA_ARCH__ >= 900
-    ptx::fence_proxy_async_global();  // before bulk copies to the group
-#endif
+    share_acquired();
     return true;
 }
 
@@ -142,9 +147,9 @@ __device__ inline bool await_group(const Comm& comm, const Call& call, const Nod
 }
 
 // One warp, when its stores to the groups of `unit` are complete: send them; a lane with a `node` says that it gets
-// `num_rows`, and where they begin in front of the network.
+// `num_rows`, and where they begin in front of the network; `in_parts`: each row was given to send_part.
 __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring, RingWord sent,
-                            int node, uint32_t unit, uint32_t num_rows, uint64_t from) {
+                            int node, uint32_t unit, uint32_t num_rows, uint64_t from, bool in_parts = false) {
     __syncwarp();
     uint64_t* word = nodes.word(comm, comm.rank, sent, nodes.own, unit % ring.num_groups);
     for (uint32_t rest = kHasNetwork ? __ballot_sync(~0u, node >= 0 && num_rows > 0) : 0; rest != 0; rest &= rest - 1) {
@@ -153,13 +158,18 @@ __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nod
         // RELEASE the message. Pairs with the ACQUIRE of await_message, there.
         send_message(comm, nodes.on_rail(to), ring.head(comm, nodes, comm.rank, nodes.own, unit),
                      __shfl_sync(~0u, from, lane), static_cast<uint64_t>(count) * ring.row_bytes, word,
-                     sent_word(call, unit, count));
+                     sent_word(call, unit, count), in_parts);
     }
     if (!kHasNetwork) ptx::fence_acq_rel_sys();
     // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs as above; through the network
     // go only words of messages without rows here.
     if (node >= 0 && (!kHasNetwork || num_rows == 0))
         set_word(comm, nodes.on_rail(node), word, sent_word(call, unit, num_rows));
+}
+
+// A peer's memory may hold anything; this rank looks at no more rows than a group has.
+__device__ inline int rows_of(const Ring& ring, uint64_t sent) {
+    return min(static_cast<uint32_t>(sent) & (2 * kMaxUnit - 1), ring.unit_tokens);
 }
 
 // One warp waits for the message of `unit`, of which `address` tells, a word that rank `source` writes; -1: the call has
@@ -174,13 +184,8 @@ __device__ inline int await_message_at(const Comm& comm, const Call& call, const
         return is_there ? 0u : 1u << source;
     };
     if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return -1;
-    const uint32_t num_rows = __shfl_sync(~0u, static_cast<uint32_t>(word), 0) & (2 * kMaxUnit - 1);
-    __syncwarp();  // what lane 0 has acquired is there for all
-#if __CUDA_ARCH__ >= 900
-    ptx::fence_proxy_async_global();  // before bulk copies from the group
-#endif
-    // A peer's memory may hold anything; this rank looks at no more rows than a group has.
-    return min(num_rows, ring.unit_tokens);
+    share_acquired();
+    return rows_of(ring, __shfl_sync(~0u, word, 0));
 }
 
 // One warp waits for the message of `unit` from the rank of `node` on its rail; as above.

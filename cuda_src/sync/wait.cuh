@@ -125,6 +125,21 @@ __device__ inline uint32_t wait_for_some(const Comm& comm, const Call& call, Pha
     }
 }
 
+// One warp waits until it can go on in one of several ways, which `choose(awaited)` numbers from 1: the same in all lanes, or 0
+// while there is none, and then `awaited` has the ranks that a lane waits for, a bit each. 0: the call has failed.
+template <typename Choose>
+__device__ inline int wait_for_choice(const Comm& comm, const Call& call, Phase phase, Choose choose) {
+    uint64_t start_ns = 0;
+    for (uint32_t polls = 1;; ++polls) {
+        uint32_t awaited = 0;
+        const int chosen = choose(awaited);
+        if (chosen != 0) return chosen;
+        if (polls % kPollsPerLook != 0) continue;
+        start_ns = look_around(comm, call, phase, awaited, start_ns, polls / kPollsPerLook - 1, false);
+        if (start_ns == kStopped) return 0;
+    }
+}
+
 // One warp waits until `ready(r)` for every rank r; lane r looks after rank r. As above.
 template <typename Ready>
 __device__ inline bool wait_for_ranks(const Comm& comm, const Call& call, Phase phase, Ready ready,

@@ -52,9 +52,10 @@ static_assert(NVSHMEM_VENDOR_VERSION >= 30405, "NVSHMEM 3.4.5 or newer is needed
 
 namespace epcomm {
 
-// All lanes of a warp: copy `num_bytes`, a multiple of 16 as the addresses are, by loads and stores.
-__device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint64_t num_bytes) {
-    constexpr int kUnroll = 4;
+// All lanes of a warp: copy `num_bytes`, a multiple of 16 as the addresses are, by loads and stores, `kUnroll` of each lane
+// at once. They may have written `from` just before, and have read it behind.
+template <int kUnroll> __device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint64_t num_bytes) {
+    __syncwarp();
     const Vector* source = static_cast<const Vector*>(from);
     Vector* target = static_cast<Vector*>(to);
     const uint64_t num_vectors = num_bytes / sizeof(Vector);
@@ -67,6 +68,7 @@ __device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint64_
         for (int i = 0; i < kUnroll; ++i)
             if (first + i * kWarp < num_vectors) target[first + i * kWarp] = values[i];
     }
+    __syncwarp();
 }
 
 }  // namespace epcomm
@@ -88,9 +90,10 @@ __device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
 
 // All lanes of a warp, with equal arguments: copy `num_bytes` to the PE, and set its word `signal` to `value` when they
 // are there; addresses and size are multiples of 16. May return before; `from` is in use until then. Begins and ends with
-// __syncwarp, so the lanes may have written `from` just before.
+// __syncwarp, so the lanes may have written `from` just before. `in_parts`: all of it was given to put_part.
 __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
-                                           uint64_t value, int pe, int queue_pair = kDefaultQueuePair) {
+                                           uint64_t value, int pe, int queue_pair = kDefaultQueuePair,
+                                           bool in_parts = false) {
     void* there = nvshmem_ptr(to, pe);
     if (there == nullptr) {
 #if NVSHMEM_VENDOR_VERSION >= 30500
@@ -102,14 +105,20 @@ __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t 
         return;
     }
     __syncwarp();
-    copy_by_warp(there, from, num_bytes);
-    __syncwarp();
+    if (!in_parts) copy_by_warp<4>(there, from, num_bytes);
     if (lane_index() == 0) {
         // What all lanes have written: the fence follows __syncwarp.
         ptx::fence_acq_rel_sys();
         ptx::st_relaxed_sys(static_cast<uint64_t*>(nvshmem_ptr(signal, pe)), value);
     }
     __syncwarp();
+}
+
+// All lanes of a warp, with equal arguments: a part of what a put_signal will send is written, as there. Where plain stores
+// reach the PE it is copied now, while it is in L2; a network takes the message as a whole, as several signals to one word
+// could come through several network cards, which do not add one after the other.
+__device__ __forceinline__ void put_part(void* to, const void* from, uint64_t num_bytes, int pe) {
+    if (void* there = nvshmem_ptr(to, pe); there != nullptr) copy_by_warp<8>(there, from, num_bytes);
 }
 
 // All threads of a block, with equal arguments: as above, with __syncthreads.

@@ -20,8 +20,6 @@ PROGRAMS = {
 ENTRY = "epcomm_internode_combine"
 _MAX_WARPS = 16
 _PIECE_UNIT = 512  # bytes: a warp reads 16 bytes a lane
-_CHOICES = 8
-_STAGING = 0.6  # rows: as measured, with 2 and 4 nodes
 _UNIT_BYTES = 112 << 10  # of rows of an answer: each takes a fence and a question
 WANTED_GROUPS = 512
 
@@ -30,9 +28,9 @@ WANTED_GROUPS = 512
 # handed: area, ranks_per_node, num_nodes, own, local; fed: offset, num_groups, group_bytes, row_bytes, unit_tokens;
 # entry: rows, weights, num_tokens, unused, agreed[12];
 # x, x_weights, src_idx, send_pos, rank_prefix, bias[2], out, out_weights;
-# row_bytes, stage_bytes, answer_weights, num_topk, num_worst_tokens, num_gathering, num_feeding, unused
+# row_bytes, stage_bytes, answer_weights, num_topk, num_worst_tokens, num_feeding
 FIELDS = struct.Struct(
-    f"{NODES.format}{2 * RING.format[1:]}{NODES.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I9Q3I5i"
+    f"{NODES.format}{2 * RING.format[1:]}{NODES.format[1:]}{RING.format[1:]}2IiI{NUM_ENTRY_AGREED}I9Q3I3i"
 )
 _FEEDING = 4  # warps of a block, where x is outside of the arena
 
@@ -41,8 +39,7 @@ class Shape(NamedTuple):
     """Launch shape for rows of one size."""
 
     stage_bytes: int
-    gathering: int  # warps; the others answer,
-    feeding: int  # but for these
+    feeding: int  # warps; the others sum
     threads: int
     shared_bytes: int
 
@@ -57,19 +54,13 @@ class Messages(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def shape(
-    row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int, is_staged: bool, is_windowed: bool
-) -> Shape:
+def shape(row_bytes: int, ranks_per_node: int, num_nodes: int, memory: int, is_windowed: bool) -> Shape:
     """Stages for pieces from the ranks of a node and from the other nodes, at least `_PIECE_UNIT` bytes of each.
-
-    Half of the warps gather, and half of them answer. If answers are copied once more, warps are in about the
-    proportion of the rows that they read and write, with eight choices a token over all ranks.
 
     Args:
         row_bytes: bytes of a row.
         ranks_per_node, num_nodes: of the job.
         memory: `stage_memory`, into which the copy engine pulls; 0: there is none, rows go through registers.
-        is_staged: as for `epcomm.kernels.rings.Rings`; then who answers also copies the answer.
         is_windowed: x is outside of the arena.
     """
     sources = ranks_per_node + num_nodes - 1
@@ -82,15 +73,9 @@ def shape(
     summing = _MAX_WARPS - feeding
     if memory:  # who feeds has words there, and no stages
         summing = num_warps(memory - feeding * words * 8, words, combine.STAGES * stage, summing)
-    gathering = summing // 2
-    if is_staged:
-        is_there, has_node = (1 - (1 - 1 / n) ** _CHOICES for n in (ranks_per_node * num_nodes, num_nodes))
-        near, far = ranks_per_node * is_there, (num_nodes - 1) * has_node
-        gathers, answers = near + far + 1, (num_nodes - 1) * (near + has_node) + _STAGING
-        gathering = max(1, min(summing - 1, round(summing * gathers / (gathers + answers))))
     warps = summing + feeding
     shared_bytes = pipe_bytes(warps, words, 0) + summing * combine.STAGES * stage
-    return Shape(stage, gathering, feeding, 32 * warps, shared_bytes)
+    return Shape(stage, feeding, 32 * warps, shared_bytes)
 
 
 @functools.lru_cache(maxsize=256)

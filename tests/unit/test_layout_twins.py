@@ -161,7 +161,7 @@ STRUCTS = {
             *ring("fed"),
             *ENTRY,
             *words("x x_weights src_idx send_pos rank_prefix bias[0] bias[1] out out_weights"),
-            *words("row_bytes stage_bytes answer_weights num_topk num_worst_tokens num_gathering num_feeding unused"),
+            *words("row_bytes stage_bytes answer_weights num_topk num_worst_tokens num_feeding"),
         ],
     ),
 }

@@ -87,7 +87,7 @@ class _InternodePlan(_Plan):
         assert job.rings is not None
         assert job.handover is not None
         per_node = job.ranks_per_node
-        terms = (self._row_bytes, per_node, job.num_nodes, job.launch.stage_memory, job.rings.is_staged)
+        terms = (self._row_bytes, per_node, job.num_nodes, job.launch.stage_memory)
         self._node_shapes = [internode.shape(*terms, is_windowed) for is_windowed in (False, True)]
         asked, answered, fed, self._weights = internode.messages(self._row_bytes, num_topk, per_node)
         while asked.unit_tokens > 1 and not job.rings.has_room(asked, answered):
@@ -103,7 +103,7 @@ class _InternodePlan(_Plan):
         shape = self._node_shapes[one.entry[0] == THROUGH_WINDOW]
         sizes = (
             *(self._row_bytes, shape.stage_bytes, self._weights),
-            *(one.num_topk, one.num_worst_tokens, shape.gathering, shape.feeding, 0),
+            *(one.num_topk, one.num_worst_tokens, shape.feeding),
         )
         fields = (*self._rings, *one.entry, *one.arrays, *sizes)
         job.launch.combine(turn.stream, self._dtype, self._blocks, shape, fields)

@@ -86,7 +86,8 @@ inline void quiet() {
 }
 
 inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value, int pe,
-                       int queue_pair = kDefaultQueuePair) {
+                       int queue_pair = kDefaultQueuePair, bool in_parts = false) {
+    (void)in_parts;  // every PE is behind the network
     __syncwarp();
     if (lane_index() == 0) {
         emulator::count(queue_pair, kDefaultQueuePair, true);
@@ -95,6 +96,11 @@ inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t*
         emulator::Network::instance().send({there, static_cast<const char*>(from), num_bytes, word, 8, value, pe, 0});
     }
     __syncwarp();
+}
+
+inline void put_part(void* to, const void* from, uint64_t num_bytes, int pe) {
+    (void)from;
+    emulator::in_heap_of(static_cast<char*>(to), num_bytes, pe);
 }
 
 inline void put_signal_block(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value,
