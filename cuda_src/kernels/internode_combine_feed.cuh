@@ -1,6 +1,6 @@
 // internode_combine_feed.cuh: rows of an `x` that lies outside of its owner's arena, where the ranks that sum them cannot
 // address it. Those of a source are summed by the rank of the own node on its rail; the owner feeds it, unit by unit, through
-// a ring in that rank's window: rows in their order, with their weights. Ahead of the first one is its number.
+// a ring at that rank: rows in their order, with their weights. Ahead of the first one is its number.
 //
 // In the area of the rank that sums there is a ring for each flow, a local rank and a node; see sync/handover.cuh.
 #pragma once

@@ -90,7 +90,7 @@ __device__ inline bool send_beside(const InternodeDispatchArgs& args, const Call
         if (kHandsOver && !handing.await(comm, call, args.handed_beside, unit)) return false;
         const int first = unit * ring.unit_tokens, end = min(first + static_cast<int>(ring.unit_tokens), args.entry.num_tokens);
         uint64_t group = to.node >= 0 ? ring.outgoing(comm, args.nodes, to.node, unit) : 0;
-        if (handing.is_used) group = args.handed_beside.head(comm, args.handed, handing.owner, comm.rank, unit);
+        if (handing.is_used) group = handing.group(comm, args.handed, args.handed_beside, comm.rank, unit);
         const int num_rows = send_beside_unit(args, shared, to, handing, group, first, end);
         if (kHandsOver) handing.send(call, args.handed_beside, unit, num_rows);
         send(comm, call, args.nodes, ring, kBesideSent, to.node, unit, num_rows, group);
@@ -114,7 +114,7 @@ __device__ inline bool forward_beside(const InternodeDispatchArgs& args, const C
         const Handing handing(comm, nodes, args.handed, kHandsOver ? shared.windowed : 0, is_local ? lane : -1, from,
                               kBesideSent, kBesideTaken);
         if (kHandsOver && !handing.await(comm, call, args.handed_beside, unit)) return false;
-        const uint64_t group = handing.is_used ? args.handed_beside.head(comm, args.handed, handing.owner, from, unit) : 0;
+        const uint64_t group = handing.group(comm, args.handed, args.handed_beside, from, unit);
         int num_handed = 0;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
         for (int i = 0; i < num_rows; ++i) {

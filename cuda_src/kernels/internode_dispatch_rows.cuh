@@ -40,7 +40,7 @@ __device__ inline Sent send_unit(const InternodeDispatchArgs& args, const Shared
     const bool is_far = lane < comm.num_ranks && rank_node != node;
     const uint64_t told = !kHasNetwork && is_far ? ring.outgoing(comm, nodes, rank_node, unit) : 0;
     const uint64_t rows = to.local >= 0 ? shared.places[args.nodes.first_local() + to.local].field[kRow] : 0;
-    const uint64_t handed = handing.is_used ? args.handed_rows.head(comm, args.handed, handing.owner, comm.rank, unit) : 0;
+    const uint64_t handed = handing.group(comm, args.handed, args.handed_rows, comm.rank, unit);
     int num_staged = 0, num_own = 0;
     Sent sent;
     auto source = [&](int token) {
@@ -116,7 +116,7 @@ __device__ inline bool forward_rows(const InternodeDispatchArgs& args, const Cal
         const Handing handing(comm, nodes, args.handed, kHandsOver ? shared.windowed : 0, is_local ? lane : -1, from,
                               kRowsSent, kRowsTaken);
         if (kHandsOver && !handing.await(comm, call, args.handed_rows, unit)) return false;
-        const uint64_t handed = handing.is_used ? args.handed_rows.head(comm, args.handed, handing.owner, from, unit) : 0;
+        const uint64_t handed = handing.group(comm, args.handed, args.handed_rows, from, unit);
         int num_handed = 0;
         const uint64_t head = ring.head(comm, nodes, comm.rank, node, unit);
         auto source = [&](int i) {

@@ -1,9 +1,9 @@
 // handover.cuh: rows for ranks of the own node whose arrays lie outside of their arenas, on several nodes.
 //
-// Peers cannot address such arrays: their owner copies the rows itself, from rings in its window. There is one for each rank
-// that rows come from: those of a source are handed over by the rank of the own node on the source's rail, the source itself
-// if it is one of them. What goes to a ring of the owner comes from one flow of the rank that hands over: one for each local
-// rank and node.
+// Peers cannot address such arrays: their owner copies the rows itself, from rings in an area for these alone. There is one
+// for each rank that rows come from: those of a source are handed over by the rank of the own node on the source's rail, the
+// source itself if it is one of them. What goes to a ring of the owner comes from one flow of the rank that hands over: one
+// for each local rank and node.
 //
 // Areas and words are those of sync/ring.cuh, as if every rank were a node of its own: what is a node there is a source at
 // the owner, and a flow at the rank that hands over. All of them are near.
@@ -28,6 +28,10 @@ struct Handing {
         sent = is_used ? handed.word(comm, owner, what_sent, source, 0) : nullptr;
         const int flow = local * nodes.num_nodes + nodes.node_of(source);
         taken = is_used ? handed.word(comm, comm.rank, what_taken, flow, 0) : nullptr;
+    }
+    // Of a lane that hands over: the group of `unit` for rows of `source`; else 0.
+    __device__ uint64_t group(const Comm& comm, const Nodes& handed, const Ring& ring, int source, uint32_t unit) const {
+        return is_used ? ring.head(comm, handed, owner, source, unit) : 0;
     }
     // All lanes: wait until the groups of `unit` are free.
     __device__ bool await(const Comm& comm, const Call& call, const Ring& ring, uint32_t unit) const {
