@@ -386,11 +386,15 @@ def test_case_outside_of_the_arena(buffer_of, case):
 
 
 @pytest.mark.ranks((4, 6))
-@placing_cases
 @pytest.mark.filterwarnings("ignore:no room in the arena")
-def test_case_partly_outside_of_the_arena(buffer_of, num_ranks, case):
-    """Some ranks have room, and get their rows as ever."""
-    checks.round_trip(buffer_of(2, num_nvl_bytes=16384), case.inputs(num_ranks))
+def test_cases_partly_outside_of_the_arena(buffer_of, comm):
+    """Some ranks have room, and get their rows as ever, in calls in which others have none."""
+    buffer = buffer_of(2, num_nvl_bytes=16384)
+    before = dict(buffer.stats)
+    for name in ("zero_tokens_on_one_rank", "fp8_with_scales", "column_major_scales", "vector_scales", "worst_room"):
+        checks.round_trip(buffer, BY_NAME[name].inputs(comm.size))
+    for way in ("dispatch_by_window", "combine_by_window"):
+        assert len(set(comm.allgather(buffer.stats[way] - before[way]))) > 1
 
 
 @pytest.mark.ranks(4)
