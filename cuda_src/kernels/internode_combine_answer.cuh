@@ -26,7 +26,6 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Call&
     const int num_rows = rows_of(args.asked, ptx::ld_relaxed_sys(asked));
     const uint64_t question = args.asked.head(comm, nodes, comm.rank, node, unit);
     const uint64_t answer = args.answered.outgoing(comm, nodes, node, unit);
-    const uint64_t there = args.answered.head(comm, nodes, comm.rank, nodes.own, unit);  // at a rank behind the network
     auto row_of = [&](int i) {
         if (lane >= num_local) return -1;
         const int row = pointer<const volatile int32_t>(question + i * args.asked.row_bytes)[lane];
@@ -37,12 +36,9 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Call&
     pull_rows(pipe, args.row_bytes, num_rows, address, [&](const PulledPiece& piece) {
         const uint64_t to = answer + static_cast<uint64_t>(piece.row) * args.answered.row_bytes;
         sum_pieces(pipe, {__popc(piece.lanes), 0, 0}, piece.num_bytes, 0, 0, to + piece.begin);
-        if (piece.begin == 0 && args.num_topk > 0) {
-            const float weight = sum_floats(local_weights_at(args, shared, fed, lane, row_of(piece.row)), args.num_topk);
-            if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;
-        }
-        if (kHasNetwork && piece.begin + piece.num_bytes == args.row_bytes)
-            send_part(comm, nodes.on_rail(node), there + (to - answer), to, args.answered.row_bytes);
+        if (piece.begin != 0 || args.num_topk == 0) return;
+        const float weight = sum_floats(local_weights_at(args, shared, fed, lane, row_of(piece.row)), args.num_topk);
+        if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;
     });
     // Who asks has room for the answer, so that none is ever waited for.
     send(comm, call, nodes, args.answered, kAnswered, lane == 0 ? node : -1, unit, num_rows, answer, true);

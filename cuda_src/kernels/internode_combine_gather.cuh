@@ -94,7 +94,7 @@ __device__ inline void gather_part(const InternodeCombineArgs& args, const Share
     const Comm& comm = args.comm;
     const int lane = lane_index();
     const Tokens tokens(args, unit, part, part + 1), before(args, unit, 0, part);
-    const uint64_t answer = to.node >= 0 ? args.answered.head(comm, args.nodes, comm.rank, to.node, unit) : 0;
+    const uint64_t answer = to.node >= 0 ? args.answered.incoming(comm, args.nodes, to.node, unit) : 0;
     // Of the next token `i`, of which `num_answers` are before it.
     auto places = [&](int i, uint32_t& num_answers, uint64_t& rows, uint64_t& weights) {
         const Wanted wanted(args, shared.extents, tokens.first + i);

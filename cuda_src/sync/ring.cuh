@@ -85,6 +85,13 @@ struct Ring {
         return kHasNetwork ? head(comm, nodes, comm.rank, nodes.num_nodes + node, unit)
                            : head(comm, nodes, nodes.on_rail(node), nodes.own, unit);
     }
+    // Where this rank reads a message that the rank of `node` on its rail has sent to be read there: where it was written, if
+    // loads reach that.
+    __device__ uint64_t incoming(const Comm& comm, const Nodes& nodes, int node, uint32_t unit) const {
+        const uint64_t written = head(comm, nodes, comm.rank, nodes.num_nodes + nodes.own, unit);  // at that rank
+        const uint64_t there = kHasNetwork ? reached(comm, nodes.on_rail(node), written) : 0;
+        return there != 0 ? there : head(comm, nodes, comm.rank, node, unit);
+    }
     __device__ uint32_t num_units(uint32_t num_tokens) const { return (num_tokens + unit_tokens - 1) / unit_tokens; }
 };
 static_assert(sizeof(Ring) == 24);
@@ -147,9 +154,10 @@ __device__ inline bool await_group(const Comm& comm, const Call& call, const Nod
 }
 
 // One warp, when its stores to the groups of `unit` are complete: send them; a lane with a `node` says that it gets
-// `num_rows`, and where they begin in front of the network; `in_parts`: each row was given to send_part.
+// `num_rows`, and where they begin in front of the network; `is_read_there`: who gets it
+// looks for it by `Ring::incoming`.
 __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring, RingWord sent,
-                            int node, uint32_t unit, uint32_t num_rows, uint64_t from, bool in_parts = false) {
+                            int node, uint32_t unit, uint32_t num_rows, uint64_t from, bool is_read_there = false) {
     __syncwarp();
     uint64_t* word = nodes.word(comm, comm.rank, sent, nodes.own, unit % ring.num_groups);
     for (uint32_t rest = kHasNetwork ? __ballot_sync(~0u, node >= 0 && num_rows > 0) : 0; rest != 0; rest &= rest - 1) {
@@ -158,7 +166,7 @@ __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nod
         // RELEASE the message. Pairs with the ACQUIRE of await_message, there.
         send_message(comm, nodes.on_rail(to), ring.head(comm, nodes, comm.rank, nodes.own, unit),
                      __shfl_sync(~0u, from, lane), static_cast<uint64_t>(count) * ring.row_bytes, word,
-                     sent_word(call, unit, count), in_parts);
+                     sent_word(call, unit, count), is_read_there);
     }
     if (!kHasNetwork) ptx::fence_acq_rel_sys();
     // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs as above; through the network

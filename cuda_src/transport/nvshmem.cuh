@@ -52,10 +52,9 @@ static_assert(NVSHMEM_VENDOR_VERSION >= 30405, "NVSHMEM 3.4.5 or newer is needed
 
 namespace epcomm {
 
-// All lanes of a warp: copy `num_bytes`, a multiple of 16 as the addresses are, by loads and stores, `kUnroll` of each lane
-// at once. They may have written `from` just before, and have read it behind.
-template <int kUnroll> __device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint64_t num_bytes) {
-    __syncwarp();
+// All lanes of a warp: copy `num_bytes`, a multiple of 16 as the addresses are, by loads and stores.
+__device__ __forceinline__ void copy_by_warp(void* to, const void* from, uint64_t num_bytes) {
+    constexpr int kUnroll = 4;
     const Vector* source = static_cast<const Vector*>(from);
     Vector* target = static_cast<Vector*>(to);
     const uint64_t num_vectors = num_bytes / sizeof(Vector);
@@ -68,7 +67,6 @@ template <int kUnroll> __device__ __forceinline__ void copy_by_warp(void* to, co
         for (int i = 0; i < kUnroll; ++i)
             if (first + i * kWarp < num_vectors) target[first + i * kWarp] = values[i];
     }
-    __syncwarp();
 }
 
 }  // namespace epcomm
@@ -88,12 +86,16 @@ __device__ __forceinline__ int my_pe() { return nvshmem_my_pe(); }
 
 __device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
 
+// Where this PE reaches a place of another one by loads and stores, or null. If it does, the other one reaches this PE.
+__device__ __forceinline__ void* reached(void* place, int pe) { return nvshmem_ptr(place, pe); }
+
 // All lanes of a warp, with equal arguments: copy `num_bytes` to the PE, and set its word `signal` to `value` when they
 // are there; addresses and size are multiples of 16. May return before; `from` is in use until then. Begins and ends with
-// __syncwarp, so the lanes may have written `from` just before. `in_parts`: all of it was given to put_part.
+// __syncwarp, so the lanes may have written `from` just before. `is_read_there`: if the PE reaches `from` by loads, it gets the
+// signal alone.
 __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
                                            uint64_t value, int pe, int queue_pair = kDefaultQueuePair,
-                                           bool in_parts = false) {
+                                           bool is_read_there = false) {
     void* there = nvshmem_ptr(to, pe);
     if (there == nullptr) {
 #if NVSHMEM_VENDOR_VERSION >= 30500
@@ -105,20 +107,14 @@ __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t 
         return;
     }
     __syncwarp();
-    if (!in_parts) copy_by_warp<4>(there, from, num_bytes);
+    if (!is_read_there) copy_by_warp(there, from, num_bytes);
+    __syncwarp();
     if (lane_index() == 0) {
         // What all lanes have written: the fence follows __syncwarp.
         ptx::fence_acq_rel_sys();
         ptx::st_relaxed_sys(static_cast<uint64_t*>(nvshmem_ptr(signal, pe)), value);
     }
     __syncwarp();
-}
-
-// All lanes of a warp, with equal arguments: a part of what a put_signal will send is written, as there. Where plain stores
-// reach the PE it is copied now, while it is in L2; a network takes the message as a whole, as several signals to one word
-// could come through several network cards, which do not add one after the other.
-__device__ __forceinline__ void put_part(void* to, const void* from, uint64_t num_bytes, int pe) {
-    if (void* there = nvshmem_ptr(to, pe); there != nullptr) copy_by_warp<8>(there, from, num_bytes);
 }
 
 // All threads of a block, with equal arguments: as above, with __syncthreads.

@@ -53,19 +53,21 @@ template <typename Word> __device__ inline void set_word(const Comm& comm, int r
 
 // All lanes of a warp: copy `num_bytes`, at least one, to a rank behind the network, and set its word `there` to `value`
 // behind them; `to` and `there` are places as above. `from` is part of the symmetric heap, and in use until the rank
-// lets this one know that it has seen the word. `in_parts`: all of it was given to send_part.
+// lets this one know that it has seen the word. `is_read_there`: the rank reads it at `from` if it can, see `reached`.
 __device__ inline void send_message(const Comm& comm, int r, uint64_t to, uint64_t from, uint64_t num_bytes,
-                                    uint64_t* there, uint64_t value, bool in_parts = false) {
+                                    uint64_t* there, uint64_t value, bool is_read_there = false) {
 #if KERNEL_NVSHMEM
     nvshmem::put_signal(pointer<void>(to), pointer<void>(from), num_bytes, there, value, comm.pe[r],
-                        queue_pair(comm, false), in_parts);
+                        queue_pair(comm, false), is_read_there);
 #endif
 }
 
-// All lanes of a warp: a part of a message is written, and may go ahead of the others.
-__device__ __noinline__ void send_part(const Comm& comm, int r, uint64_t to, uint64_t from, uint64_t num_bytes) {
+// Where loads reach the place at rank r, behind the network, that `own` is at this one; or 0.
+__device__ inline uint64_t reached(const Comm& comm, int r, uint64_t own) {
 #if KERNEL_NVSHMEM
-    nvshmem::put_part(pointer<void>(to), pointer<void>(from), num_bytes, comm.pe[r]);
+    return reinterpret_cast<uint64_t>(nvshmem::reached(pointer<void>(own), comm.pe[r]));
+#else
+    return 0;
 #endif
 }
 

@@ -62,6 +62,11 @@ inline int my_pe() { return emulated_nvshmem.pe; }
 
 inline int num_pes() { return emulated_nvshmem.num_pes; }
 
+inline void* reached(void* place, int pe) {
+    emulator::in_heap_of(static_cast<char*>(place), 1, pe);
+    return nullptr;  // every PE is behind the network
+}
+
 inline void set_signal(uint64_t* signal, uint64_t value, int pe, int queue_pair = kDefaultQueuePair) {
     emulator::yield();
     emulator::count(queue_pair, kDefaultQueuePair, false);
@@ -86,8 +91,8 @@ inline void quiet() {
 }
 
 inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value, int pe,
-                       int queue_pair = kDefaultQueuePair, bool in_parts = false) {
-    (void)in_parts;  // every PE is behind the network
+                       int queue_pair = kDefaultQueuePair, bool is_read_there = false) {
+    (void)is_read_there;  // every PE is behind the network
     __syncwarp();
     if (lane_index() == 0) {
         emulator::count(queue_pair, kDefaultQueuePair, true);
@@ -96,11 +101,6 @@ inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t*
         emulator::Network::instance().send({there, static_cast<const char*>(from), num_bytes, word, 8, value, pe, 0});
     }
     __syncwarp();
-}
-
-inline void put_part(void* to, const void* from, uint64_t num_bytes, int pe) {
-    (void)from;
-    emulator::in_heap_of(static_cast<char*>(to), num_bytes, pe);
 }
 
 inline void put_signal_block(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value,
