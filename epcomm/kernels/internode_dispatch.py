@@ -65,12 +65,13 @@ def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int, is_st
     `is_staged` as for `epcomm.kernels.rings.Rings`.
     """
     most = _MAX_ROW_WARPS - (BESIDE_WARPS if is_windowed else 0)
-    pieces = cut(row_bytes, _MAX_STAGED_PIECE if is_staged else _MAX_PIECE)
+    pieces = cut(row_bytes, _MAX_STAGED_PIECE if is_staged or is_windowed else _MAX_PIECE)
     stage_bytes = STAGES * pieces.piece_bytes if memory else 0
     warps = most
     if memory:
-        wanted = warps if is_staged else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
-        warps = num_warps(memory, STAGES, stage_bytes, max(4 if is_windowed else 2, min(most, wanted)))
+        # What is handed over is copied by warps that wait for each other: they cannot be too many.
+        wanted = warps if is_staged or is_windowed else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
+        warps = num_warps(memory, STAGES, stage_bytes, max(2, min(most, wanted)))
     takers = warps // 2 if is_windowed else 0
     movers = warps - takers
     senders = max(1, min(movers - 1, round(movers * (_SENDING if is_staged else 1 / num_nodes))))
