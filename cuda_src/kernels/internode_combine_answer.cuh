@@ -9,11 +9,9 @@ namespace epcomm {
 // The ranks that a lane waits for with the question of `unit` from the rank of `node`, a bit each.
 __device__ inline uint32_t awaited_question(const InternodeCombineArgs& args, const Call& call, int node, uint32_t unit) {
     if (lane_index() != 0) return 0;
-    // ACQUIRE the question. Pairs with the release of ask, there.
     const uint64_t* asked = args.nodes.word(args.comm, args.comm.rank, kAsked, node, unit % args.asked.num_groups);
     uint64_t word;
-    const bool is_there = acquire_if(asked, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
-    return is_there ? 0 : 1u << args.nodes.on_rail(node);
+    return awaited_for(call, asked, args.nodes.on_rail(node), unit, word);
 }
 
 // One warp: the question of `unit` from the rank of `node`, which is there.

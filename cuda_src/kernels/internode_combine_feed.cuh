@@ -28,10 +28,8 @@ struct Feeding {
     __device__ const uint64_t* sent() const { return args.handed.word(args.comm, args.comm.rank, kAnswered, flow, group); }
     // The owner that a lane waits for, as a bit.
     __device__ uint32_t awaited(const Call& call, uint32_t unit) const {
-        if (!is_used) return 0;
-        // ACQUIRE the message. Pairs with the release of feed_unit, there.
         uint64_t word;
-        return acquire_if(sent(), word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); }) ? 0 : 1u << owner;
+        return is_used ? awaited_for(call, sent(), owner, unit, word) : 0;
     }
     // When nothing is awaited.
     __device__ Fed find(int source, uint32_t unit) const {
@@ -75,7 +73,7 @@ __device__ inline void feed_unit(const InternodeCombineArgs& args, const Call& c
     if (lane == 0) *pointer<int32_t>(group) = first;
     __syncwarp();
     ptx::fence_acq_rel_sys();
-    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE of Feeding.
+    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE of awaited_for.
     if (lane == 0)
         ptx::st_relaxed_sys(args.handed.word(comm, summing, kAnswered, flow, unit % args.fed.num_groups),
                             sent_word(call, unit, behind - first));

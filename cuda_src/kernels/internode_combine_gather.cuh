@@ -65,12 +65,10 @@ __device__ __noinline__ void ask(const InternodeCombineArgs& args, Call call, co
 __device__ inline uint32_t awaited_answers(const InternodeCombineArgs& args, const Call& call, const Destination& to,
                                          uint32_t unit) {
     if (to.node < 0) return 0;
-    // ACQUIRE the answer. Pairs with the release of answer_unit, there.
-    uint64_t word;
     const uint64_t* answered =
         args.nodes.word(args.comm, args.comm.rank, kAnswered, to.node, unit % args.answered.num_groups);
-    const bool is_there = acquire_if(answered, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
-    return is_there ? 0 : 1u << args.nodes.on_rail(to.node);
+    uint64_t word;
+    return awaited_for(call, answered, args.nodes.on_rail(to.node), unit, word);
 }
 
 // All lanes: the weights of a token, likewise; lane i has where its part is, or 0.

@@ -96,15 +96,6 @@ struct Ring {
 };
 static_assert(sizeof(Ring) == 24);
 
-// A word that is waited for, acquired if `is_there(word)`. Polls are relaxed, as an acquire empties the L1 cache of the SM; it
-// was not measured to matter.
-template <typename IsThere> __device__ inline bool acquire_if(const uint64_t* address, uint64_t& word, IsThere is_there) {
-    word = ptx::ld_relaxed_sys(address);
-    if (!is_there(word)) return false;
-    word = ptx::ld_acquire_sys(address);
-    return true;
-}
-
 __device__ inline uint64_t sent_word(const Call& call, uint32_t unit, uint32_t num_rows) {
     return tagged(call.sequence, (unit + 1) << 6 | num_rows);
 }
@@ -135,9 +126,7 @@ __device__ inline bool await_groups(const Comm& comm, const Call& call, const Ri
         auto awaited = [&] {
             if (taken == nullptr) return 0u;
             // ACQUIRE taken. Pairs with the release of note_taken, or of note_handed, there.
-            uint64_t word;
-            const bool is_there = acquire_if(taken, word, [&](uint64_t seen) { return is_free(call, seen, ring, unit); });
-            return is_there ? 0u : 1u << rank;
+            return is_free(call, ptx::ld_acquire_sys(taken), ring, unit) ? 0u : 1u << rank;
         };
         if (!wait_in_lanes(comm, call, kPhaseAck, awaited)) return false;
     }
@@ -180,17 +169,20 @@ __device__ inline int rows_of(const Ring& ring, uint64_t sent) {
     return min(static_cast<uint32_t>(sent) & (2 * kMaxUnit - 1), ring.unit_tokens);
 }
 
+// The rank that a lane waits for until the message of `unit` is there, as a bit; 0: it is, and `word` tells of it, which is at
+// `address` and written by rank `source`.
+__device__ inline uint32_t awaited_for(const Call& call, const uint64_t* address, int source, uint32_t unit, uint64_t& word) {
+    // ACQUIRE the message. Pairs with the release of send, of Handing::send, or of feed_unit, there.
+    word = ptx::ld_acquire_sys(address);
+    return is_of_unit(call, word, unit) ? 0 : 1u << source;
+}
+
 // One warp waits for the message of `unit`, of which `address` tells, a word that rank `source` writes; -1: the call has
 // failed. Else its rows.
 __device__ inline int await_message_at(const Comm& comm, const Call& call, const Ring& ring, const uint64_t* address,
                                        int source, uint32_t unit) {
     uint64_t word = 0;
-    auto awaited = [&] {
-        if (lane_index() != 0) return 0u;
-        // ACQUIRE the message. Pairs with the release of send, there.
-        const bool is_there = acquire_if(address, word, [&](uint64_t seen) { return is_of_unit(call, seen, unit); });
-        return is_there ? 0u : 1u << source;
-    };
+    auto awaited = [&] { return lane_index() == 0 ? awaited_for(call, address, source, unit, word) : 0u; };
     if (!wait_in_lanes(comm, call, kPhaseReady, awaited)) return -1;
     share_acquired();
     return rows_of(ring, __shfl_sync(~0u, word, 0));

@@ -110,34 +110,30 @@ __device__ inline bool wait_in_lanes(const Comm& comm, const Call& call, Phase p
     }
 }
 
-// One warp waits until `ready()` is true in some lane that waits for a `rank`; the answer is a bit for each of those, 0 if
-// the call has failed. Lanes of which `rank` is negative wait for nobody; one lane at least waits.
-template <typename Ready>
-__device__ inline uint32_t wait_for_some(const Comm& comm, const Call& call, Phase phase, int rank, Ready ready) {
+// One warp waits until it can go on in one of several ways, which `choose(awaited)` numbers from 1: the same in all lanes, or 0
+// while there is none, and then `awaited` has the ranks that a lane waits for, a bit each. 0: the call has failed.
+template <typename Choose>
+__device__ inline uint32_t wait_for_choice(const Comm& comm, const Call& call, Phase phase, Choose choose) {
     uint64_t start_ns = 0;
-    const uint32_t awaited = rank >= 0 ? 1u << rank : 0;
     for (uint32_t polls = 1;; ++polls) {
-        const uint32_t which = __ballot_sync(~0u, awaited != 0 && ready());
-        if (which != 0) return which;
+        uint32_t awaited = 0;
+        const uint32_t chosen = choose(awaited);
+        if (chosen != 0) return chosen;
         if (polls % kPollsPerLook != 0) continue;
         start_ns = look_around(comm, call, phase, awaited, start_ns, polls / kPollsPerLook - 1, false);
         if (start_ns == kStopped) return 0;
     }
 }
 
-// One warp waits until it can go on in one of several ways, which `choose(awaited)` numbers from 1: the same in all lanes, or 0
-// while there is none, and then `awaited` has the ranks that a lane waits for, a bit each. 0: the call has failed.
-template <typename Choose>
-__device__ inline int wait_for_choice(const Comm& comm, const Call& call, Phase phase, Choose choose) {
-    uint64_t start_ns = 0;
-    for (uint32_t polls = 1;; ++polls) {
-        uint32_t awaited = 0;
-        const int chosen = choose(awaited);
-        if (chosen != 0) return chosen;
-        if (polls % kPollsPerLook != 0) continue;
-        start_ns = look_around(comm, call, phase, awaited, start_ns, polls / kPollsPerLook - 1, false);
-        if (start_ns == kStopped) return 0;
-    }
+// One warp waits until `ready()` is true in some lane that waits for a `rank`; the answer is a bit for each of those, 0 if
+// the call has failed. Lanes of which `rank` is negative wait for nobody; one lane at least waits.
+template <typename Ready>
+__device__ inline uint32_t wait_for_some(const Comm& comm, const Call& call, Phase phase, int rank, Ready ready) {
+    const uint32_t of_lane = rank >= 0 ? 1u << rank : 0;
+    return wait_for_choice(comm, call, phase, [&](uint32_t& awaited) {
+        awaited = of_lane;
+        return __ballot_sync(~0u, of_lane != 0 && ready());
+    });
 }
 
 // One warp waits until `ready(r)` for every rank r; lane r looks after rank r. As above.
