@@ -52,14 +52,20 @@ struct Handing {
 template <typename Take>
 __device__ inline bool for_each_handed(const Comm& comm, const Nodes& nodes, const Entry (&entries)[kMaxRanks],
                                        const Ring& ring, uint32_t first, uint32_t step, Take take) {
+    // Those of its own rail it has itself. With warps enough, each looks after one source: who waits for one must not hold up
+    // another.
+    const uint32_t num_others = nodes.ranks_per_node - 1, num_sources = num_others * nodes.num_nodes;
+    if (num_sources > 0 && step >= num_sources) {
+        step -= step % num_sources;
+        if (first >= step) return true;
+    }
     uint32_t most = 0;
     for (int source = 0; source < comm.num_ranks; ++source) most = max(most, ring.num_units(entries[source].num_tokens));
-    for (uint32_t item = first; item < most * comm.num_ranks; item += step) {
-        const uint32_t unit = item / comm.num_ranks;
-        const int source = item % comm.num_ranks;
-        const int writer = nodes.first_local() + source - nodes.first_of(nodes.node_of(source));
-        if (writer == comm.rank || unit >= ring.num_units(entries[source].num_tokens)) continue;
-        if (!take(source, writer, unit)) return false;
+    for (uint32_t item = first; item < most * num_sources; item += step) {
+        const uint32_t unit = item / num_sources, index = item % num_sources;
+        const int other = index % num_others, local = other < nodes.local ? other : other + 1;
+        const int source = nodes.first_of(index / num_others) + local, writer = nodes.first_local() + local;
+        if (unit < ring.num_units(entries[source].num_tokens) && !take(source, writer, unit)) return false;
     }
     return true;
 }
