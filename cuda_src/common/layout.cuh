@@ -84,7 +84,9 @@ struct State {
     uint64_t rows_to_nodes[2];
     // By Operation - kLowLatencyDispatch: the last call that has not received all that was sent to it; see sync/slot.cuh.
     uint32_t incomplete_call[2 * kNumSlots];
-    uint32_t unused2[20];
+    // Of a combine over several nodes: questions and parts of units that its warps have drawn; the last block clears both.
+    uint32_t drawn[2];
+    uint32_t unused2[18];
 };
 static_assert(sizeof(State) == 384);
 

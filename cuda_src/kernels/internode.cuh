@@ -77,14 +77,13 @@ struct Share {
     __device__ uint32_t draw() { return first() + num_drawn++ * step(); }
 };
 
-// Those of the block: a warp gets the next one that no other has, so that none is idle while there are some.
+// Those of the rank: a warp gets the next one that no other has, so that none is idle while there are some.
 struct Drawn {
-    uint32_t* num_drawn;  // in shared memory
+    uint32_t* num_drawn;  // of State
 
     // All lanes.
-    __device__ uint32_t draw() { return blockIdx.x + draw_of_block() * gridDim.x; }
-    __device__ uint32_t draw_of_block() {
-        const uint32_t number = lane_index() == 0 ? atomicAdd(num_drawn, 1u) : 0;
+    __device__ uint32_t draw() {
+        const uint32_t number = lane_index() == 0 ? ptx::atom_add_relaxed_gpu(num_drawn, 1) : 0;
         return __shfl_sync(~0u, number, 0);
     }
 };

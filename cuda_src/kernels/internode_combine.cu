@@ -9,8 +9,8 @@
 //
 // Ranks whose `x` is outside of their arenas have warps that feed it to those who sum; see internode_combine_feed.cuh.
 //
-// Regions: reads blocks of the ranks of the own node, writes rings of the ranks on the rail. Words: combine_entry,
-// combine_done, and those of the rings; see sync/ring.cuh.
+// Regions: reads blocks of the ranks of the own node, writes rings of the ranks on the rail, and reads theirs in front of the
+// network, if loads reach them. Words: combine_entry, combine_done, and those of the rings; see sync/ring.cuh.
 #include "kernels/internode_combine_answer.cuh"
 #include "kernels/internode_combine_gather.cuh"
 
@@ -20,20 +20,21 @@ enum Turn : int { kAnswers = 1, kGathers = 2 };
 
 // One warp: answer questions and gather parts of units, each in ascending order, and never wait for one while the other can go
 // on: whatever is left of the lowest unit of all ranks can. Who asks waits for answers, so these come first. (With half of the
-// warps for each, all answers took 80 % of the time, and who gathers had to wait for the first of them.) False: the call has
-// failed.
+// warps for each, all answers took 80 % of the time, and who gathers had to wait for the first of them.) All warps of the rank
+// draw from the same, so that they come to their end together. False: the call has failed.
 template <bool kHasFed>
 __device__ inline bool take_turns(const InternodeCombineArgs& args, const Call& call, Shared& shared,
                                   PullPipe<kStages>& pipe, uint32_t num_summing) {
     const Comm& comm = args.comm;
     const Destination to(args);
+    const uint32_t num_groups = args.asked.num_groups;
     const uint32_t num_units = args.asked.num_units(args.entry.num_tokens), num_parts = parts_of(args.asked);
-    const OwnUnits own(args.asked);
-    for (uint32_t k = warp_index(); k < own.num_own && own[k] < num_units; k += num_summing)
-        ask(args, call, shared, to, own[k]);
-    Incoming<Drawn> question(args.nodes, shared.entries, args.asked, {&shared.num_questions});
-    Drawn parts = {&shared.num_parts};
-    uint32_t part = parts.draw_of_block();
+    for (uint32_t unit = blockIdx.x + warp_index() * gridDim.x; unit < min(num_groups, num_units);
+         unit += gridDim.x * num_summing)
+        ask(args, call, shared, to, unit);
+    Incoming<Drawn> question(args.nodes, shared.entries, args.asked, {&comm.state().drawn[0]});
+    Drawn parts = {&comm.state().drawn[1]};
+    uint32_t part = parts.draw();
     auto can = [&](uint32_t awaited, uint32_t& all_awaited) {
         all_awaited |= awaited;
         return __all_sync(~0u, awaited == 0);
@@ -45,7 +46,7 @@ __device__ inline bool take_turns(const InternodeCombineArgs& args, const Call& 
         return kHasFed ? Feeding(args, shared, source, unit).find(source, unit) : Fed();
     };
     for (;;) {
-        const uint32_t k = part / num_parts, unit = own[k];
+        const uint32_t unit = part / num_parts;
         if (unit >= num_units && !question.is_any()) return true;
         auto choose = [&](uint32_t& awaited) -> int {
             if (question.is_any() && can(awaited_question(args, call, question.node, question.unit) |
@@ -68,19 +69,18 @@ __device__ inline bool take_turns(const InternodeCombineArgs& args, const Call& 
         } else {
             const Fed rows = fed(comm.rank, unit);
             gather_part(args, shared, pipe, to, rows, unit, part % num_parts);
-            if (ends_unit(args, own, shared, k)) {
+            const bool is_asked_again = unit + num_groups < num_units;
+            if ((is_asked_again || kHasFed) && ends_unit(args, unit)) {
                 if (kHasFed) note_fed(call, rows, unit);
-                if (own[k + own.num_own] < num_units) ask(args, call, shared, to, own[k + own.num_own]);
+                if (is_asked_again) ask(args, call, shared, to, unit + num_groups);
             }
-            part = parts.draw_of_block();
+            part = parts.draw();
         }
     }
 }
 
 // All threads: the whole work between entry and exit. False: the call has failed, or nothing moves.
 __device__ inline bool run(const InternodeCombineArgs& args, const Call& call, Shared& shared, uint8_t* dynamic) {
-    for (int i = threadIdx.x; i < kMaxGroups / 4; i += blockDim.x) shared.num_gathered[i] = 0;
-    if (threadIdx.x == 0) shared.num_questions = shared.num_parts = 0;
     if (!enter(args, call, shared)) return false;
     const int warp = warp_index(), num_summing = warps_per_block() - args.num_feeding;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp * 2 * kStages;
@@ -107,7 +107,10 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         if (good && warp_index() == 0)
             meet(comm, call, [](Signals& signals) -> uint32_t(&)[kMaxRanks] { return signals.combine_done; },
                  args.nodes.ranks_of(args.nodes.own) | args.nodes.rail());
-        if (threadIdx.x == 0) comm.page()->rows_to_nodes[1] = comm.state().rows_to_nodes[1];
+        if (threadIdx.x == 0) {
+            comm.page()->rows_to_nodes[1] = comm.state().rows_to_nodes[1];
+            comm.state().drawn[0] = comm.state().drawn[1] = 0;
+        }
         end(comm, call);
     }
 }

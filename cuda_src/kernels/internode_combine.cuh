@@ -54,9 +54,6 @@ struct Shared {
     Places places[kMaxRanks];
     uint32_t windowed;
     Extents extents;
-    // Of this block's work.
-    uint32_t num_questions, num_parts;  // that its warps have drawn
-    uint32_t num_gathered[kMaxGroups / 4];  // parts of the unit in a group of this block, a byte each
 };
 
 // One thread per rank. False: the offsets point out of the region.

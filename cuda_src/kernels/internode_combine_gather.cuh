@@ -6,21 +6,8 @@
 
 namespace epcomm {
 
-// The units of this block, in ascending order. It owns groups, and of each the units that go through it.
-struct OwnUnits {
-    uint32_t num_groups, num_own;
-
-    __device__ explicit OwnUnits(const Ring& asked)
-        : num_groups(asked.num_groups),
-          num_own(blockIdx.x < num_groups ? (num_groups - blockIdx.x + gridDim.x - 1) / gridDim.x : 0) {}
-    // The k-th one; there is none if the block has no group.
-    __device__ uint32_t operator[](uint32_t k) const {
-        return num_own == 0 ? ~0u : k / num_own * num_groups + blockIdx.x + k % num_own * gridDim.x;
-    }
-};
-
 // Warps gather units in parts, so that they come to their end together, and ask for them as a whole: a message takes a fence.
-inline constexpr uint32_t kMaxParts = 4;
+inline constexpr uint32_t kMaxParts = 8;
 
 __device__ inline uint32_t parts_of(const Ring& asked) { return min(kMaxParts, asked.unit_tokens); }
 
@@ -127,18 +114,18 @@ __device__ inline void gather_part(const InternodeCombineArgs& args, const Share
     });
 }
 
-// One warp, when it has gathered a part of the block's k-th unit: whether it was the last one of it.
-__device__ inline bool ends_unit(const InternodeCombineArgs& args, const OwnUnits& own, Shared& shared, uint32_t k) {
+// One warp, when it has gathered a part of a unit: whether it was the last one of it. Counted in the word of the own node, from
+// which no answers come; it is 0 again behind each unit.
+__device__ inline bool ends_unit(const InternodeCombineArgs& args, uint32_t unit) {
     bool is_last = false;
     __syncwarp();
     if (lane_index() == 0) {
-        // RELEASE the group, and ACQUIRE what others have of it. Pairs with itself, in the other warps of the block.
-        __threadfence_block();
-        const uint32_t group = k % own.num_own, shift = group % 4 * 8, num_parts = parts_of(args.asked);
-        uint32_t* num_gathered = &shared.num_gathered[group / 4];
-        is_last = (atomicAdd(num_gathered, 1u << shift) >> shift & 0xff) == num_parts - 1;
-        if (is_last) atomicSub(num_gathered, num_parts << shift);  // for the next unit
-        __threadfence_block();
+        const Nodes& nodes = args.nodes;
+        uint64_t* word = nodes.word(args.comm, args.comm.rank, kAnswered, nodes.own, unit % args.answered.num_groups);
+        uint32_t* num_gathered = reinterpret_cast<uint32_t*>(word);
+        // RELEASE the group, and ACQUIRE what others have of it. Pairs with itself, in the other warps of this rank.
+        is_last = ptx::atom_add_acq_rel_gpu(num_gathered, 1) == parts_of(args.asked) - 1;
+        if (is_last) ptx::st_relaxed_sys(num_gathered, 0);
     }
     is_last = __shfl_sync(~0u, is_last, 0);
     __syncwarp();  // what lane 0 has acquired is there for all
