@@ -1,5 +1,6 @@
 // internode_combine_answer.cuh: the forwarding half of an internode combine: for a token of another node, sum the rows of
-// the own node's ranks in ascending order, round once, and write the sum to the ring of the token's rank.
+// the own node's ranks in ascending order, round once, and write the sum to the ring of the token's rank, or in front of the
+// network, where that rank may read it.
 #pragma once
 
 #include "kernels/internode_combine_feed.cuh"
@@ -21,7 +22,8 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Call&
     const Nodes& nodes = args.nodes;
     const int lane = lane_index(), num_local = nodes.ranks_per_node;
     const uint64_t* asked = nodes.word(comm, comm.rank, kAsked, node, unit % args.asked.num_groups);
-    const int num_rows = rows_of(args.asked, ptx::ld_relaxed_sys(asked));
+    const uint64_t word = ptx::ld_relaxed_sys(asked);
+    const int num_rows = rows_of(args.asked, word);
     const uint64_t question = args.asked.head(comm, nodes, comm.rank, node, unit);
     const uint64_t answer = args.answered.outgoing(comm, nodes, node, unit);
     auto row_of = [&](int i) {
@@ -39,7 +41,8 @@ __device__ inline void answer_unit(const InternodeCombineArgs& args, const Call&
         if (lane < args.num_topk) pointer<float>(to + args.answer_weights)[lane] = weight;
     });
     // Who asks has room for the answer, so that none is ever waited for.
-    send(comm, call, nodes, args.answered, kAnswered, lane == 0 ? node : -1, unit, num_rows, answer, true);
+    send(comm, call, nodes, args.answered, kAnswered, lane == 0 ? node : -1, unit, num_rows,
+         (word & kReadThere) != 0 ? 0 : answer);
 }
 
 }  // namespace epcomm

@@ -44,7 +44,8 @@ __device__ __noinline__ void ask(const InternodeCombineArgs& args, Call call, co
         num_rows += wanted.has_node(args, to.node);
     }
     const uint64_t asked = to.node >= 0 ? args.asked.outgoing(comm, nodes, to.node, unit) : 0;
-    send(comm, call, nodes, args.asked, kAsked, to.node, unit, num_rows, asked);
+    const bool reads_there = to.node >= 0 && args.answered.read_there(comm, nodes, to.node, unit) != 0;
+    send(comm, call, nodes, args.asked, kAsked, to.node, unit, num_rows, asked, reads_there ? kReadThere : 0);
     if (to.node >= 0 && num_rows > 0) ptx::red_add_relaxed_gpu(&comm.state().rows_to_nodes[1], num_rows);
 }
 
@@ -79,7 +80,8 @@ __device__ inline void gather_part(const InternodeCombineArgs& args, const Share
     const Comm& comm = args.comm;
     const int lane = lane_index();
     const Tokens tokens(args, unit, part, part + 1), before(args, unit, 0, part);
-    const uint64_t answer = to.node >= 0 ? args.answered.incoming(comm, args.nodes, to.node, unit) : 0;
+    uint64_t answer = to.node >= 0 ? args.answered.read_there(comm, args.nodes, to.node, unit) : 0;
+    if (to.node >= 0 && answer == 0) answer = args.answered.head(comm, args.nodes, comm.rank, to.node, unit);
     // Of the next token `i`, of which `num_answers` are before it.
     auto places = [&](int i, uint32_t& num_answers, uint64_t& rows, uint64_t& weights) {
         const Wanted wanted(args, shared.extents, tokens.first + i);
@@ -125,7 +127,10 @@ __device__ inline bool ends_unit(const InternodeCombineArgs& args, uint32_t unit
         uint32_t* num_gathered = reinterpret_cast<uint32_t*>(word);
         // RELEASE the group, and ACQUIRE what others have of it. Pairs with itself, in the other warps of this rank.
         is_last = ptx::atom_add_acq_rel_gpu(num_gathered, 1) == parts_of(args.asked) - 1;
-        if (is_last) ptx::st_relaxed_sys(num_gathered, 0);
+        if (is_last) {
+            ptx::st_relaxed_sys(num_gathered, 0);
+            ptx::fence_acq_rel_sys();  // whoever counts next has been told of the group by what this warp sends now
+        }
     }
     is_last = __shfl_sync(~0u, is_last, 0);
     __syncwarp();  // what lane 0 has acquired is there for all

@@ -2,9 +2,9 @@
 //
 // Every statement clobbers "memory", so that the compiler moves no other access across it.
 //
-// Who polls acquires with each load, and looks at what it has loaded. A relaxed load, and behind it an acquiring one of the same
-// word if that was there, is the wrong way to do it: where nothing used the second value, ptxas of CUDA 13.0 removed both loads
-// and the comparison, and no wait was one.
+// Who polls acquires with each load, and looks at what it has loaded. A relaxed load, and behind it an acquiring one of the
+// same word if that was there, is the wrong way to do it: where nothing used the second value, ptxas of CUDA 13.0 removed both
+// loads and the comparison, and no wait was one.
 #pragma once
 
 #include "common/types.cuh"

@@ -2,17 +2,18 @@
 //
 // A message is what one warp has of one unit of tokens for one receiver. Unit u goes through group u % num_groups of the
 // ring that the receiver has for this sender. A word for each group says that a message is there, {sequence << 32 |
-// (unit + 1) << 6 | rows}, and a word at the sender that it was taken, {sequence << 32 | unit + 1}. Both ends go through
-// the units in ascending order, whoever of their warps is in charge of one, so that the lowest unit that is not taken can
-// always be sent, and taken: nobody waits in a circle, with any number of groups. Each word has one writer at a time.
+// (unit + 1) << 7 | kReadThere | rows}, and a word at the sender that it was taken, {sequence << 32 | unit + 1}. Both ends go
+// through the units in ascending order, whoever of their warps is in charge of one, so that the lowest unit that is not taken
+// can always be sent, and taken: nobody waits in a circle, with any number of groups. Each word has one writer at a time.
 //
-// Where a rank is behind the network, a message is written to a group of the sender's own and copied from there. What
-// says that the receiver has it, or has answered it, says that this group is free, too: nobody waits for the network.
+// Where a rank is behind the network, a message is written to a group of the sender's own and copied from there, or the
+// receiver reads it there. What says that the receiver is done with it, or has answered it, says that this group is free, too:
+// nobody waits for the network.
 //
 // The area of a rank: words [kNumWords][num_nodes][kMaxGroups], then the groups of all rings that end here, and behind each
 // ring, where there is a network, those to send from, for each node or one for all of them; cut anew for each call. Nobody
-// sends before it has heard that all ranks are in the call, and nobody leaves before what it has sent has arrived: groups
-// and words are free between calls.
+// sends before it has heard that all ranks are in the call, and nobody leaves before what it has sent has arrived, or was
+// read: groups and words are free between calls.
 #pragma once
 
 #include "ptx/bulk.cuh"
@@ -24,8 +25,12 @@ inline constexpr uint32_t kMaxGroups = 512;
 // Ahead of a row, where it says where that goes; as in epcomm/kernels/rings.py.
 inline constexpr uint64_t kPlacesBytes = round_up(kMaxRanks * sizeof(int32_t), kUnit);
 inline constexpr uint32_t kMaxUnit = 32;  // tokens; as many rows are in a message at most
+// In the word of a question: who asks reads the answer where it is written. It alone decides, as loads may reach one way only.
+inline constexpr uint32_t kReadThere = 1u << 6;
+inline constexpr int kUnitShift = 7;
+static_assert(kMaxUnit < kReadThere && kReadThere < 1u << kUnitShift);
 
-// The words of a group, by what they tell.
+// The words of a group, by what they tell. Of the own node, from which no message comes, a combine has a counter there.
 enum RingWord : int {
     kRowsSent = 0,
     kRowsTaken = 1,
@@ -85,24 +90,22 @@ struct Ring {
         return kHasNetwork ? head(comm, nodes, comm.rank, nodes.num_nodes + node, unit)
                            : head(comm, nodes, nodes.on_rail(node), nodes.own, unit);
     }
-    // Where this rank reads a message that the rank of `node` on its rail has sent to be read there: where it was written, if
-    // loads reach that.
-    __device__ uint64_t incoming(const Comm& comm, const Nodes& nodes, int node, uint32_t unit) const {
+    // Where loads reach what the rank of `node` on its rail writes for this one in front of the network; or 0.
+    __device__ uint64_t read_there(const Comm& comm, const Nodes& nodes, int node, uint32_t unit) const {
         const uint64_t written = head(comm, nodes, comm.rank, nodes.num_nodes + nodes.own, unit);  // at that rank
-        const uint64_t there = kHasNetwork ? reached(comm, nodes.on_rail(node), written) : 0;
-        return there != 0 ? there : head(comm, nodes, comm.rank, node, unit);
+        return kHasNetwork ? reached(comm, nodes.on_rail(node), written) : 0;
     }
     __device__ uint32_t num_units(uint32_t num_tokens) const { return (num_tokens + unit_tokens - 1) / unit_tokens; }
 };
 static_assert(sizeof(Ring) == 24);
 
 __device__ inline uint64_t sent_word(const Call& call, uint32_t unit, uint32_t num_rows) {
-    return tagged(call.sequence, (unit + 1) << 6 | num_rows);
+    return tagged(call.sequence, (unit + 1) << kUnitShift | num_rows);
 }
 
 // Whether a word says that the message of `unit` is there.
 __device__ inline bool is_of_unit(const Call& call, uint64_t word, uint32_t unit) {
-    return word >> 32 == call.sequence && static_cast<uint32_t>(word) >> 6 == unit + 1;
+    return word >> 32 == call.sequence && static_cast<uint32_t>(word) >> kUnitShift == unit + 1;
 }
 
 // Whether the group of `unit` is free by what was taken from it last.
@@ -143,25 +146,25 @@ __device__ inline bool await_group(const Comm& comm, const Call& call, const Nod
 }
 
 // One warp, when its stores to the groups of `unit` are complete: send them; a lane with a `node` says that it gets
-// `num_rows`, and where they begin in front of the network; `is_read_there`: who gets it
-// looks for it by `Ring::incoming`.
+// `num_rows`, and where they begin in front of the network: 0 if they are read there. `mark`: kReadThere or 0.
 __device__ inline void send(const Comm& comm, const Call& call, const Nodes& nodes, const Ring& ring, RingWord sent,
-                            int node, uint32_t unit, uint32_t num_rows, uint64_t from, bool is_read_there = false) {
+                            int node, uint32_t unit, uint32_t num_rows, uint64_t from, uint32_t mark = 0) {
     __syncwarp();
     uint64_t* word = nodes.word(comm, comm.rank, sent, nodes.own, unit % ring.num_groups);
-    for (uint32_t rest = kHasNetwork ? __ballot_sync(~0u, node >= 0 && num_rows > 0) : 0; rest != 0; rest &= rest - 1) {
+    const uint64_t value = sent_word(call, unit, num_rows | mark);
+    const bool is_put = kHasNetwork && node >= 0 && num_rows > 0 && from != 0, is_told = node >= 0 && !is_put;
+    for (uint32_t rest = kHasNetwork ? __ballot_sync(~0u, is_put) : 0; rest != 0; rest &= rest - 1) {
         const int lane = __ffs(rest) - 1, to = __shfl_sync(~0u, node, lane);
         const uint32_t count = __shfl_sync(~0u, num_rows, lane);
-        // RELEASE the message. Pairs with the ACQUIRE of await_message, there.
+        // RELEASE the message. Pairs with the ACQUIRE of awaited_for, there.
         send_message(comm, nodes.on_rail(to), ring.head(comm, nodes, comm.rank, nodes.own, unit),
                      __shfl_sync(~0u, from, lane), static_cast<uint64_t>(count) * ring.row_bytes, word,
-                     sent_word(call, unit, count), is_read_there);
+                     __shfl_sync(~0u, value, lane));
     }
-    if (!kHasNetwork) ptx::fence_acq_rel_sys();
-    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs as above; through the network
-    // go only words of messages without rows here.
-    if (node >= 0 && (!kHasNetwork || num_rows == 0))
-        set_word(comm, nodes.on_rail(node), word, sent_word(call, unit, num_rows));
+    if (!kHasNetwork || __any_sync(~0u, is_told)) ptx::fence_acq_rel_sys();
+    // RELEASE the message, which all lanes have written: the fence follows __syncwarp. Pairs as above. One without rows says,
+    // too, that the sender is done with what it had in the group before.
+    if (is_told) set_word(comm, nodes.on_rail(node), word, value);
 }
 
 // A peer's memory may hold anything; this rank looks at no more rows than a group has.

@@ -86,16 +86,14 @@ __device__ __forceinline__ int my_pe() { return nvshmem_my_pe(); }
 
 __device__ __forceinline__ int num_pes() { return nvshmem_n_pes(); }
 
-// Where this PE reaches a place of another one by loads and stores, or null. If it does, the other one reaches this PE.
+// Where this PE reaches a place of another one by loads and stores, or null, whether the other one reaches this PE or not.
 __device__ __forceinline__ void* reached(void* place, int pe) { return nvshmem_ptr(place, pe); }
 
 // All lanes of a warp, with equal arguments: copy `num_bytes` to the PE, and set its word `signal` to `value` when they
 // are there; addresses and size are multiples of 16. May return before; `from` is in use until then. Begins and ends with
-// __syncwarp, so the lanes may have written `from` just before. `is_read_there`: if the PE reaches `from` by loads, it gets the
-// signal alone.
+// __syncwarp, so the lanes may have written `from` just before.
 __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal,
-                                           uint64_t value, int pe, int queue_pair = kDefaultQueuePair,
-                                           bool is_read_there = false) {
+                                           uint64_t value, int pe, int queue_pair = kDefaultQueuePair) {
     void* there = nvshmem_ptr(to, pe);
     if (there == nullptr) {
 #if NVSHMEM_VENDOR_VERSION >= 30500
@@ -107,7 +105,7 @@ __device__ __forceinline__ void put_signal(void* to, const void* from, uint64_t 
         return;
     }
     __syncwarp();
-    if (!is_read_there) copy_by_warp(there, from, num_bytes);
+    copy_by_warp(there, from, num_bytes);
     __syncwarp();
     if (lane_index() == 0) {
         // What all lanes have written: the fence follows __syncwarp.

@@ -53,12 +53,12 @@ template <typename Word> __device__ inline void set_word(const Comm& comm, int r
 
 // All lanes of a warp: copy `num_bytes`, at least one, to a rank behind the network, and set its word `there` to `value`
 // behind them; `to` and `there` are places as above. `from` is part of the symmetric heap, and in use until the rank
-// lets this one know that it has seen the word. `is_read_there`: the rank reads it at `from` if it can, see `reached`.
+// lets this one know that it has seen the word.
 __device__ inline void send_message(const Comm& comm, int r, uint64_t to, uint64_t from, uint64_t num_bytes,
-                                    uint64_t* there, uint64_t value, bool is_read_there = false) {
+                                    uint64_t* there, uint64_t value) {
 #if KERNEL_NVSHMEM
     nvshmem::put_signal(pointer<void>(to), pointer<void>(from), num_bytes, there, value, comm.pe[r],
-                        queue_pair(comm, false), is_read_there);
+                        queue_pair(comm, false));
 #endif
 }
 

@@ -62,9 +62,10 @@ inline int my_pe() { return emulated_nvshmem.pe; }
 
 inline int num_pes() { return emulated_nvshmem.num_pes; }
 
+// Loads reach PEs of higher numbers: so each pair of PEs has both cases.
 inline void* reached(void* place, int pe) {
-    emulator::in_heap_of(static_cast<char*>(place), 1, pe);
-    return nullptr;  // every PE is behind the network
+    char* there = emulator::in_heap_of(static_cast<char*>(place), 1, pe);
+    return pe > my_pe() ? there : nullptr;
 }
 
 inline void set_signal(uint64_t* signal, uint64_t value, int pe, int queue_pair = kDefaultQueuePair) {
@@ -91,8 +92,7 @@ inline void quiet() {
 }
 
 inline void put_signal(void* to, const void* from, uint64_t num_bytes, uint64_t* signal, uint64_t value, int pe,
-                       int queue_pair = kDefaultQueuePair, bool is_read_there = false) {
-    (void)is_read_there;  // every PE is behind the network
+                       int queue_pair = kDefaultQueuePair) {
     __syncwarp();
     if (lane_index() == 0) {
         emulator::count(queue_pair, kDefaultQueuePair, true);
