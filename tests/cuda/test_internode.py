@@ -388,13 +388,15 @@ def test_case_outside_of_the_arena(buffer_of, case):
 @pytest.mark.ranks((4, 6))
 @pytest.mark.filterwarnings("ignore:no room in the arena")
 def test_cases_partly_outside_of_the_arena(buffer_of, comm):
-    """Some ranks have room, and get their rows as ever, in calls in which others have none."""
-    buffer = buffer_of(2, num_nvl_bytes=16384)
-    before = dict(buffer.stats)
-    for name in ("zero_tokens_on_one_rank", "fp8_with_scales", "column_major_scales", "vector_scales", "worst_room"):
-        checks.round_trip(buffer, BY_NAME[name].inputs(comm.size))
-    for way in ("dispatch_by_window", "combine_by_window"):
-        assert len(set(comm.allgather(buffer.stats[way] - before[way]))) > 1
+    """Some ranks have room, and get their rows as ever, in calls in which others have none; nodes of 2 and of 3."""
+    names = "zero_tokens_on_one_rank", "fp8_with_scales", "column_major_scales", "vector_scales", "worst_room"
+    for ranks_per_node in {4: (2,), 6: (2, 3)}[comm.size]:
+        buffer = buffer_of(ranks_per_node, num_nvl_bytes=16384)
+        before = dict(buffer.stats)
+        for name in names:
+            checks.round_trip(buffer, BY_NAME[name].inputs(comm.size))
+        for way in ("dispatch_by_window", "combine_by_window"):
+            assert len(set(comm.allgather(buffer.stats[way] - before[way]))) > 1
 
 
 @pytest.mark.ranks(4)
