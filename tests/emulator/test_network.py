@@ -167,7 +167,7 @@ def declared(text: str) -> set[tuple[str, str]]:
     """Functions of the namespace: name and parameters."""
     text = re.sub(r"//.*", "", text)
     text = text[text.index("namespace epcomm::nvshmem") :]
-    found = re.findall(r"(?:__forceinline__|inline) [\w ]+?\b(\w+)\(([^()]*)\)\s*\{", text)
+    found = re.findall(r"(?:__forceinline__|inline) [\w *]+?\b(\w+)\(([^()]*)\)\s*\{", text)
     return {(name, re.sub(r"\s+", " ", parameters)) for name, parameters in found}
 
 
