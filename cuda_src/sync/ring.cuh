@@ -93,7 +93,7 @@ struct Ring {
     // Where loads reach what the rank of `node` on its rail writes for this one in front of the network; or 0.
     __device__ uint64_t read_there(const Comm& comm, const Nodes& nodes, int node, uint32_t unit) const {
         const uint64_t written = head(comm, nodes, comm.rank, nodes.num_nodes + nodes.own, unit);  // at that rank
-        return kHasNetwork ? reached(comm, nodes.on_rail(node), written) : 0;
+        return reached(comm, nodes.on_rail(node), written);
     }
     __device__ uint32_t num_units(uint32_t num_tokens) const { return (num_tokens + unit_tokens - 1) / unit_tokens; }
 };

@@ -62,7 +62,7 @@ __device__ inline void send_message(const Comm& comm, int r, uint64_t to, uint64
 #endif
 }
 
-// Where loads reach the place at rank r, behind the network, that `own` is at this one; or 0.
+// Where loads reach the place at rank r, behind the network, that `own` is at this one; or 0, as where there is none.
 __device__ inline uint64_t reached(const Comm& comm, int r, uint64_t own) {
 #if KERNEL_NVSHMEM
     return reinterpret_cast<uint64_t>(nvshmem::reached(pointer<void>(own), comm.pe[r]));

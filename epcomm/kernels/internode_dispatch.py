@@ -65,12 +65,13 @@ def shape(row_bytes: int, num_nodes: int, memory: int, blocks_on_gpu: int, is_st
     `is_staged` as for `epcomm.kernels.rings.Rings`.
     """
     most = _MAX_ROW_WARPS - (BESIDE_WARPS if is_windowed else 0)
-    pieces = cut(row_bytes, _MAX_STAGED_PIECE if is_staged or is_windowed else _MAX_PIECE)
+    # What is staged or handed over is copied by warps that wait for each other: they cannot be too many.
+    is_copied = is_staged or is_windowed
+    pieces = cut(row_bytes, _MAX_STAGED_PIECE if is_copied else _MAX_PIECE)
     stage_bytes = STAGES * pieces.piece_bytes if memory else 0
     warps = most
     if memory:
-        # What is handed over is copied by warps that wait for each other: they cannot be too many.
-        wanted = warps if is_staged or is_windowed else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
+        wanted = warps if is_copied else round(_BYTES_UNDER_WAY / (blocks_on_gpu * stage_bytes))
         warps = num_warps(memory, STAGES, stage_bytes, max(2, min(most, wanted)))
     takers = warps // 2 if is_windowed else 0
     movers = warps - takers
