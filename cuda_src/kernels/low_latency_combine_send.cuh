@@ -55,14 +55,13 @@ __device__ inline bool may_come(const LowLatencyCombineArgs& args, const Call& c
 }
 
 // All lanes: the weight of a choice of `source` for each lane that wants one. False: there is none, or the call has failed.
-// `start_ns`: when this warp began to send.
+// `cell`: what an earlier look at it found. `start_ns`: when this warp began to send.
 __device__ inline bool await_weights(const LowLatencyCombineArgs& args, const Call& call, int source, int64_t choice,
-                                     bool is_wanted, uint64_t start_ns, float& weight) {
+                                     bool is_wanted, uint64_t cell, uint64_t start_ns, float& weight) {
     const Comm& comm = args.comm;
-    uint64_t cell = 0;
     uint32_t late = 0;
     auto awaited = [&] {
-        if (!is_wanted) return 0u;
+        if (!is_wanted || is_filled(cell, call)) return 0u;
         // Pairs with send_weights, there.
         cell = ptx::ld_relaxed_sys(args.weight_at(comm.rank, source, choice));
         if (is_filled(cell, call) || !may_come(args, call, source)) return 0u;
@@ -108,17 +107,23 @@ struct Parcel {
     __device__ bool has_row(int i) const { return i < (kPayload == kPartialSums ? 1 : num_choices); }
 };
 
+// All lanes: `kCount` columns of the i-th row, from `at` bytes behind the begin of the parcel on; zeros behind its end.
+template <int kCount>
+__device__ inline void load_columns(const Parcel& parcel, int i, uint32_t at, Vector (&values)[kCount]) {
+    const Vector* x = pointer<const Vector>(__shfl_sync(~0u, parcel.from, i) + parcel.begin + at);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+        values[n] = at + n * kColumn < parcel.num_bytes ? x[n * kWarp] : Vector{0, 0, 0, 0};
+}
+
 // All lanes: the rows as they are, of one of which no more than kPushColumns columns.
 __device__ inline void push_rows(const Parcel& parcel) {
     const uint32_t at = lane_index() * sizeof(Vector);
 #pragma unroll 1
     for (int i = 0; i < parcel.num_choices; ++i) {
-        const Vector* x = pointer<const Vector>(__shfl_sync(~0u, parcel.from, i) + parcel.begin + at);
-        Vector* there = pointer<Vector>(__shfl_sync(~0u, parcel.to, i) + parcel.begin + at);
         Vector values[kPushColumns];
-#pragma unroll
-        for (int n = 0; n < kPushColumns; ++n)
-            if (at + n * kColumn < parcel.num_bytes) values[n] = x[n * kWarp];
+        load_columns(parcel, i, at, values);
+        Vector* there = pointer<Vector>(__shfl_sync(~0u, parcel.to, i) + parcel.begin + at);
 #pragma unroll
         for (int n = 0; n < kPushColumns; ++n)
             if (at + n * kColumn < parcel.num_bytes) there[n * kWarp] = values[n];
@@ -155,7 +160,8 @@ __device__ inline void push_encoded_rows(const Parcel& parcel, uint32_t hidden) 
     }
 }
 
-// All lanes: the sum of the rows, each lane with the weight of its choice, to the place of the first choice.
+// All lanes: the sum of the rows, each lane with the weight of its choice, to the place of the first choice. Two rows are on
+// their way at once.
 __device__ inline void push_sum(const Parcel& parcel, float weight) {
     constexpr int kSumColumns = 4;  // that are added at once
     const uint64_t there = __shfl_sync(~0u, parcel.to, 0) + parcel.begin;
@@ -163,16 +169,19 @@ __device__ inline void push_sum(const Parcel& parcel, float weight) {
     for (uint32_t at = lane_index() * sizeof(Vector); at < round_up(parcel.num_bytes, kColumn);
          at += kSumColumns * kColumn) {
         Sum sums[kSumColumns];
-#pragma unroll 1
-        for (int i = 0; i < parcel.num_choices; ++i) {
-            const Vector* x = pointer<const Vector>(__shfl_sync(~0u, parcel.from, i) + parcel.begin + at);
+        auto add = [&](int i, const Vector (&values)[kSumColumns]) {
             const float factor = __shfl_sync(~0u, weight, i);
-            Vector values[kSumColumns];
-#pragma unroll
-            for (int n = 0; n < kSumColumns; ++n)
-                values[n] = at + n * kColumn < parcel.num_bytes ? x[n * kWarp] : Vector{0, 0, 0, 0};
 #pragma unroll
             for (int n = 0; n < kSumColumns; ++n) sums[n].add_weighted(factor, values[n]);
+        };
+#pragma unroll 1
+        for (int i = 0; i < parcel.num_choices; i += 2) {
+            const bool has_second = i + 1 < parcel.num_choices;
+            Vector first[kSumColumns], second[kSumColumns];
+            load_columns(parcel, i, at, first);
+            if (has_second) load_columns(parcel, i + 1, at, second);
+            add(i, first);
+            if (has_second) add(i + 1, second);
         }
 #pragma unroll
         for (int n = 0; n < kSumColumns; ++n)
@@ -180,14 +189,21 @@ __device__ inline void push_sum(const Parcel& parcel, float weight) {
     }
 }
 
-// All lanes: write what the source gets to where it goes; `start_ns` as above. False: it gets nothing.
+// All lanes: the cell of the weight of each choice as it is now, whether there is one or not.
+__device__ inline uint64_t look_for_weight(const LowLatencyCombineArgs& args, const Parcel& parcel) {
+    if (kPayload != kPartialSums || !parcel.is_used()) return 0;
+    return ptx::ld_relaxed_sys(args.weight_at(args.comm.rank, parcel.source, parcel.choice));
+}
+
+// All lanes: write what the source gets to where it goes; `weight_cell` and `start_ns` as above. False: it gets nothing.
 __device__ inline bool write_parcel(const LowLatencyCombineArgs& args, const Call& call, const Parcel& parcel,
-                                    uint64_t start_ns) {
+                                    uint64_t weight_cell, uint64_t start_ns) {
     float weight = 0;
     if constexpr (kPayload == kRows) push_rows(parcel);
     if constexpr (kPayload == kEncodedRows) push_encoded_rows(parcel, args.row_bytes / 2);
     if constexpr (kPayload == kPartialSums) {
-        if (!await_weights(args, call, parcel.source, parcel.choice, parcel.is_used(), start_ns, weight)) return false;
+        if (!await_weights(args, call, parcel.source, parcel.choice, parcel.is_used(), weight_cell, start_ns, weight))
+            return false;
         // By now the source may have done without this rank, see await_room.
         if (args.slot.leaves_late && __any_sync(~0u, went_on(args.comm, call, args.slot, parcel.source))) return false;
         push_sum(parcel, weight);
@@ -195,17 +211,37 @@ __device__ inline bool write_parcel(const LowLatencyCombineArgs& args, const Cal
     return true;
 }
 
-__device__ inline void push(const LowLatencyCombineArgs& args, const Call& call, const Parcel& parcel,
-                            uint64_t start_ns) {
-    if (!write_parcel(args, call, parcel, start_ns)) return;
-    __syncwarp();
-    ptx::fence_acq_rel_sys();
-    // RELEASE the pieces, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE in find_rows.
-    const bool is_sent = parcel.has_row(lane_index());
+// Parcels that a warp has written and not yet released: a fence takes about as long as writing one does, so it is for two
+// of them.
+class Written {
+  public:
+    // All lanes.
+    __device__ void add(const LowLatencyCombineArgs& args, const Parcel& parcel) {
+        cells_[1] = cells_[0], num_pieces_[1] = num_pieces_[0];
+        cells_[0] = args.piece_at(parcel.source, parcel.choice, parcel.piece);
+        num_pieces_[0] = parcel.has_row(lane_index()) ? parcel.num_pieces : 0;
+        ++count_;
+    }
+    __device__ bool is_full() const { return count_ == 2; }
+    __device__ void release(const Call& call) {
+        if (count_ == 0) return;
+        __syncwarp();
+        ptx::fence_acq_rel_sys();
+        // RELEASE the pieces, which all lanes have written: the fence follows __syncwarp. Pairs with the ACQUIRE in
+        // find_rows.
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
 #pragma unroll 1
-    for (uint32_t i = 0; is_sent && i < parcel.num_pieces; ++i)
-        ptx::st_relaxed_sys(args.piece_at(parcel.source, parcel.choice, parcel.piece + i), tagged(call.sequence, 0));
-}
+            for (uint32_t i = 0; i < num_pieces_[n]; ++i) ptx::st_relaxed_sys(cells_[n] + i, tagged(call.sequence, 0));
+            num_pieces_[n] = 0;
+        }
+        count_ = 0;
+    }
+
+  private:
+    uint64_t* cells_[2] = {nullptr, nullptr};
+    uint32_t num_pieces_[2] = {0, 0}, count_ = 0;
+};
 
 // All warps: the messages of the dispatch, back to their sources.
 __device__ inline void push_messages(const LowLatencyCombineArgs& args, const Call& call, const Shared& shared,
@@ -217,6 +253,7 @@ __device__ inline void push_messages(const LowLatencyCombineArgs& args, const Ca
     const uint32_t most = kPushColumns * kColumn / args.piece_bytes;
     const uint32_t a_unit = min(most, max(1u, num_messages * args.num_pieces / (2 * num_warps)));
     const uint32_t units_a_row = (args.num_pieces + a_unit - 1) / a_unit, num_units = num_messages * units_a_row;
+    Written written;
 #pragma unroll 1
     for (uint32_t unit = blockIdx.x + warp_index() * gridDim.x; unit < num_units; unit += num_warps) {
         const uint32_t number = unit / units_a_row, piece = (unit - number * units_a_row) * a_unit;
@@ -224,8 +261,15 @@ __device__ inline void push_messages(const LowLatencyCombineArgs& args, const Ca
         const int source = __popc(__ballot_sync(~0u, is_before)) - 1;
         if (!(shared.opening.reachable >> source & 1) || args.slot.is_far(source)) continue;
         const int message = number - shared.first_message[source];
-        push(args, call, Parcel(args, source, message, piece, min(a_unit, args.num_pieces - piece)), start_ns);
+        // On its way while the fence waits.
+        const Parcel parcel(args, source, message, piece, min(a_unit, args.num_pieces - piece));
+        const uint64_t weight_cell = look_for_weight(args, parcel);
+        const bool is_held_up = kPayload == kPartialSums && parcel.is_used() && !is_filled(weight_cell, call);
+        // Who waits for others must not keep them waiting.
+        if (written.is_full() || __any_sync(~0u, is_held_up)) written.release(call);
+        if (write_parcel(args, call, parcel, weight_cell, start_ns)) written.add(args, parcel);
     }
+    written.release(call);
 }
 
 // All lanes: a message to a source behind the network. Its rows are staged, in pieces as far as registers ask for that, and
@@ -236,7 +280,7 @@ __device__ inline void push_far_message(const LowLatencyCombineArgs& args, const
     const uint32_t a_step = kPayload == kRows ? 1 : args.num_pieces;
 #pragma unroll 1
     for (uint32_t piece = 0; piece < args.num_pieces; piece += a_step)
-        if (!write_parcel(args, call, Parcel(args, source, message, piece, a_step), start_ns)) return;
+        if (!write_parcel(args, call, Parcel(args, source, message, piece, a_step), 0, start_ns)) return;
     const Parcel parcel(args, source, message, 0, args.num_pieces);
     const uint64_t to = args.place_of(comm.rank, parcel.choice);
     uint64_t* cell = args.piece_at(comm.rank, parcel.choice, 0);

@@ -80,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (is_sending) send(args, call, tables, values, shared);
     if (slot.sends() && slot.leaves_late) greet_at_last(comm, call, slot, greeting);
     if (slot.receives()) {
-        Units units(comm, call, slot);
         if (is_server) serve(args, call, tables, shared);
+        Units units(comm, call, slot);  // behind it: what a server takes waits for it
         if (is_served(shared.service)) {
             receive(args, call, tables, shared, units);
         } else {

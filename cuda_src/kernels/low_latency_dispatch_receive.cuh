@@ -8,44 +8,57 @@ namespace epcomm {
 
 // -- where rows begin -------------------------------------------------------------------------------------------------
 
-// One warp: the first message of every source, and its first row at every expert; a lane looks after a source, and an
-// expert.
+// One warp: the first message of every source, and its first row at every expert.
 __device__ inline bool place_sources(const LowLatencyDispatchArgs& args, const Call& call, uint32_t present,
                                      const Tables& tables, Shared& shared) {
-    constexpr int kBatch = 8;  // sources whose counts are on their way before the first is looked at
+    constexpr int kBatch = 8;  // counts that a lane has on their way before it looks at the first
     const Comm& comm = args.comm;
     const int lane = lane_index(), num_local = args.num_local_experts, num_ranks = comm.num_ranks;
-    const uint64_t step = args.cell_lane_bytes / sizeof(uint64_t), nothing = tagged(call.sequence, 0);
+    const uint64_t nothing = tagged(call.sequence, 0);
     if (num_ranks < kWarp) present &= (1u << num_ranks) - 1;
+    const int num_cells = num_local * num_ranks;  // those of a source, then those of the next
     uint64_t messages = 0;
 #pragma unroll 1
-    for (int first = 0; first < num_local; first += kWarp) {
-        const int expert = first + lane;
+    for (int first = lane; first - lane < num_cells; first += kBatch * kWarp) {
+        const uint64_t* from[kBatch];
+        uint64_t cells[kBatch];
+        uint32_t source_bit[kBatch];  // 0: there is nothing to wait for
+        int32_t* to[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int cell = first + i * kWarp, source = args.by_local.divide(cell), expert = cell - source * num_local;
+            source_bit[i] = cell < num_cells ? present & 1u << source : 0;
+            from[i] = args.counts_of(comm.rank, source) + expert;
+            to[i] = &tables.begins[expert * (num_ranks + 1) + source];
+            cells[i] = 0;
+        }
+        auto awaited = [&] {
+            messages = present >> lane & 1 ? ptx::ld_relaxed_sys(&args.counts_of(comm.rank, lane)[num_local]) : nothing;
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (source_bit[i] != 0) cells[i] = ptx::ld_relaxed_sys(from[i]);
+            uint32_t missing = is_filled(messages, call) ? 0u : 1u << lane;
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) missing |= is_filled(cells[i], call) ? 0u : source_bit[i];
+            return missing;
+        };
+        if (!wait_in_lanes(comm, call, kPhaseCounts, awaited)) return false;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+            if (first + i * kWarp < num_cells) *to[i] = static_cast<uint32_t>(cells[i]);
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int expert = lane; expert < num_local; expert += kWarp) {
         int32_t* begin = tables.begins + expert * (num_ranks + 1);
         int row = 0;
-#pragma unroll 1
-        for (int source = 0; source < num_ranks; source += kBatch) {
-            uint64_t cells[kBatch];
-            auto awaited = [&] {
-                const uint64_t* cell = args.counts_of(comm.rank, source) + expert;
-                messages = present >> lane & 1 ? ptx::ld_relaxed_sys(&args.counts_of(comm.rank, lane)[num_local]) : nothing;
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i, cell += step)
-                    cells[i] = expert < num_local && (present >> source >> i & 1) ? ptx::ld_relaxed_sys(cell) : nothing;
-                uint32_t missing = 0;
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) missing |= is_filled(cells[i], call) ? 0u : 1u << i;
-                return missing << source | (is_filled(messages, call) ? 0u : 1u << lane);
-            };
-            if (!wait_in_lanes(comm, call, kPhaseCounts, awaited)) return false;
-            if (expert >= num_local) continue;
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                if (source + i < num_ranks) begin[source + i] = row;
-                row += static_cast<uint32_t>(cells[i]);
-            }
+#pragma unroll 4
+        for (int source = 0; source < num_ranks; ++source) {
+            const int count = begin[source];
+            begin[source] = row;
+            row += count;
         }
-        if (expert < num_local) begin[num_ranks] = row;
+        begin[num_ranks] = row;
     }
     const int sum = sum_to_lane(static_cast<uint32_t>(messages));
     if (lane == 0) shared.first_message[0] = 0;
