@@ -253,8 +253,8 @@ class Backend(Protocol):
     def turn(self, framework: str | None, stream: Any, previous_event: EventOverlap | None, async_finish: bool) -> Turn:
         """*Local.* Begin a call. `framework` is that of its input, None if that is no array."""
 
-    def num_sms(self, wanted: int | None) -> int:
-        """*Local.* SMs of an operation, None: the backend's own default.
+    def num_sms(self, wanted: int | None, is_low_latency: bool = False) -> int:
+        """*Local.* SMs of an operation, None: the backend's own default, another one in the low-latency mode.
 
         Raises:
             CapacityError: that many of all ranks do not fit their GPU.

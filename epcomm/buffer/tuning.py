@@ -25,10 +25,10 @@ class Tuning:
 
     @classmethod
     def set_num_sms(cls, new_num_sms: int) -> None:
-        """Set how many SMs high-throughput operations use by default, for all Buffers of this process.
+        """Set how many SMs operations use by default, for all Buffers of this process.
 
         Any number from 1; ranks may differ. Without this call, and without a `Config`, a CUDA operation takes an equal
-        part of a GPU that ranks share, at most 24 SMs. The host backend has no use for it.
+        part of a GPU that ranks share, at most 24 SMs, in the low-latency mode 64. The host backend has no use for it.
 
         Raises:
             ShapeError: below 1.
@@ -64,3 +64,8 @@ class Tuning:
         if Tuning._num_sms_chosen or config.num_sms != Tuning.num_sms:
             return self._backend.num_sms(config.num_sms)
         return min(config.num_sms, self._backend.num_sms(None))
+
+    def _low_latency_num_sms(self) -> int:
+        """SMs of a low-latency operation."""
+        wanted = Tuning.num_sms if Tuning._num_sms_chosen else None
+        return self._backend.num_sms(wanted, is_low_latency=True)

@@ -169,12 +169,21 @@ def test_a_row_that_is_larger_than_a_window():
 
 
 @pytest.mark.parametrize(
-    ("sms", "ranks_on_gpu", "wanted"),
-    [(132, 1, 24), (132, 5, 24), (132, 6, 22), (132, 8, 16), (132, 200, 1), (7, 1, 7)],
+    ("sms", "ranks_on_gpu", "wanted", "low_latency"),
+    [
+        (132, 1, 24, 64),
+        (132, 2, 24, 64),
+        (132, 5, 24, 26),
+        (132, 6, 22, 22),
+        (132, 8, 16, 16),
+        (132, 200, 1, 1),
+        (7, 1, 7, 7),
+    ],
 )
-def test_default_number_of_sms(sms, ranks_on_gpu, wanted):
-    assert default_num_sms(sms, ranks_on_gpu) == wanted
-    assert wanted * ranks_on_gpu <= max(sms, ranks_on_gpu)
+def test_default_number_of_sms(sms, ranks_on_gpu, wanted, low_latency):
+    assert default_num_sms(sms, ranks_on_gpu, False) == wanted
+    assert default_num_sms(sms, ranks_on_gpu, True) == low_latency
+    assert low_latency * ranks_on_gpu <= max(sms, ranks_on_gpu)
 
 
 # -- several nodes ----------------------------------------------------------------------------------------------------

@@ -103,9 +103,11 @@ class CudaBackend:
     ) -> CudaTurn:
         return CudaTurn(self._job, framework, stream, previous_event, async_finish)
 
-    def num_sms(self, wanted: int | None) -> int:
+    def num_sms(self, wanted: int | None, is_low_latency: bool = False) -> int:
         """SMs of an operation; None: nobody has said how many."""
-        return self._job.default_num_sms if wanted is None else self._job.placement.blocks(wanted)
+        if wanted is not None:
+            return self._job.placement.blocks(wanted)
+        return self._job.low_latency_num_sms if is_low_latency else self._job.default_num_sms
 
     def dispatch_layout(self, turn: CudaTurn, topk_idx: ArrayView, num_experts: int) -> LayoutOutcome:
         return dispatch_layout(self._job, turn, topk_idx, num_experts)

@@ -79,7 +79,10 @@ class Job:
         except Exception as error:  # the others wait for this rank
             problem = error
         self.placement = Placement.agree(comm, device, problem)
-        self.default_num_sms = default_num_sms(self.placement.num_sms, self.placement.ranks_on_gpu)
+        self.default_num_sms, self.low_latency_num_sms = (
+            default_num_sms(self.placement.num_sms, self.placement.ranks_on_gpu, is_low_latency)
+            for is_low_latency in (False, True)
+        )
         self._share_memory(topology, cubins, settings)
         self.window = Window(self.size)
         self.forecast = Forecast()

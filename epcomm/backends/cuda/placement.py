@@ -17,7 +17,7 @@ __all__ = ["Placement", "agree_on_device", "choose_device", "default_num_sms", "
 
 # SMs an operation takes by default where a GPU belongs to one rank: enough to fill NVLink (pieces of 200 KB under way
 # on each), and few enough to leave the GPU to the model.
-_DEFAULT_NUM_SMS = 24
+_DEFAULT_NUM_SMS, _LOW_LATENCY_NUM_SMS = 24, 64  # measured with a GPU for each rank; see BENCHMARKS.md
 
 
 def choose_device(cupy: Any, topology: Topology, device: int | None) -> int:
@@ -56,14 +56,15 @@ def agree_on_device(comm: Communicator, cupy: Any, topology: Topology, device: i
     return chosen
 
 
-def default_num_sms(sms: int, ranks_on_gpu: int) -> int:
-    """SMs of an operation when nobody says how many: an equal part of a shared GPU, at most 24.
+def default_num_sms(sms: int, ranks_on_gpu: int, is_low_latency: bool) -> int:
+    """SMs of an operation when nobody says how many: an equal part of a shared GPU, at most 24, or 64.
 
     Args:
         sms: SMs of the GPU that this process may use.
         ranks_on_gpu: ranks whose kernels must be on it at once.
+        is_low_latency: of the low-latency mode, where the GPU has little else to do, and more SMs are faster.
     """
-    return max(1, min(_DEFAULT_NUM_SMS, sms // ranks_on_gpu))
+    return max(1, min(_LOW_LATENCY_NUM_SMS if is_low_latency else _DEFAULT_NUM_SMS, sms // ranks_on_gpu))
 
 
 def has_network(topology: Topology) -> bool:

@@ -138,7 +138,7 @@ class HostBackend:
             previous_event.current_stream_wait()
         return self._turn
 
-    def num_sms(self, wanted: int | None) -> int:
+    def num_sms(self, wanted: int | None, is_low_latency: bool = False) -> int:
         return wanted or 1  # there are none
 
     def dispatch_layout(self, turn: HostTurn, topk_idx: Array, num_experts: int) -> LayoutOutcome:
