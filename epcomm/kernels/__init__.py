@@ -11,13 +11,22 @@ from epcomm.kernels import (
     exchange,
     internode_combine,
     internode_dispatch,
+    link_probe,
     low_latency_combine,
     low_latency_dispatch,
     low_latency_service,
     network_probe,
 )
 
-__all__ = ["INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "NVSHMEM_PROGRAMS", "PROGRAMS", "over_network", "programs_of"]
+__all__ = [
+    "BENCH_PROGRAMS",
+    "INTERNODE_PROGRAMS",
+    "LOW_LATENCY_PROGRAMS",
+    "NVSHMEM_PROGRAMS",
+    "PROGRAMS",
+    "over_network",
+    "programs_of",
+]
 
 _COMMON_PROGRAMS = (dispatch_layout.PROGRAM, exchange.PROGRAM, barrier.PROGRAM)
 PROGRAMS: tuple[Program, ...] = (*_COMMON_PROGRAMS, dispatch.PROGRAM, *combine.PROGRAMS.values())
@@ -31,6 +40,9 @@ LOW_LATENCY_PROGRAMS: tuple[Program, ...] = (
     *low_latency_combine.PROGRAMS.values(),
     low_latency_service.PROGRAM,
 )
+
+# No Buffer needs these.
+BENCH_PROGRAMS: tuple[Program, ...] = (link_probe.PROGRAM,)
 
 
 def over_network(program: Program) -> Program:

@@ -91,8 +91,11 @@ def record(step: str, **values: object) -> dict[str, object]:
 
 
 def test_summary():
+    alone = {"rows_written_bytes_per_s": 3.33e11, "rows_read_bytes_per_s": 2.96e11}
     records = [
-        record("throughput", operation="dispatch, cached, outside", chain_us=740.0, wire_bytes_per_rank=270.1e6),
+        record(
+            "throughput", operation="dispatch, cached, outside", chain_us=740.0, wire_bytes_per_rank=270.1e6, **alone
+        ),
         record("throughput", operation="get_dispatch_layout", chain_us=10.0, wire_bytes_per_rank=0),
         record("low latency", operation="dispatch, fp8", graph_us=20.0, row_us=22.0, wire_bytes_per_rank=4.4e6),
     ]
@@ -103,6 +106,11 @@ def test_summary():
     assert "390 GB/s (the ceiling)" in text
     assert [line.split()[-3:] for line in lines if "outside" in line] == [["740.0", "365.0", "98.6"]]
     assert [line.split()[-3:] for line in lines if "fp8" in line] == [["20.0", "220.0", "59.5"]]
+    # What SMs can do at most, once for each number of them; not for the low-latency mode, which does not measure it.
+    assert [line.split() for line in lines if "rows alone" in line] == [
+        ["rows", "alone,", "written", "24", "333.0", "90.0"],
+        ["rows", "alone,", "read", "24", "296.0", "80.0"],
+    ]
     assert lines[-1] == "  tests: failed with status 1"
     assert list(suite.summary([], [])) == []
 

@@ -29,7 +29,7 @@ def programs(*, nvshmem: bool) -> tuple:
     if importlib.util.find_spec("epcomm.kernels") is None:
         return ()
     kernels = importlib.import_module("epcomm.kernels")
-    names = ("PROGRAMS", "INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "NVSHMEM_PROGRAMS")
+    names = ("PROGRAMS", "INTERNODE_PROGRAMS", "LOW_LATENCY_PROGRAMS", "BENCH_PROGRAMS", "NVSHMEM_PROGRAMS")
     found = [program for name in names for program in getattr(kernels, name)]
     return tuple(program for program in found if program.nvshmem == nvshmem)
 

@@ -22,6 +22,7 @@ from epcomm.kernels import (
     internode_combine,
     internode_dispatch,
     layout,
+    link_probe,
     low_latency,
     low_latency_combine,
     low_latency_dispatch,
@@ -208,6 +209,17 @@ STRUCTS |= {
         [
             *words("operation leaves_late set clear masks sequences"),
             *array("resume", 2 * NUM_LOW_LATENCY_SLOTS),
+        ],
+    ),
+    "LinkProbeArgs": (
+        "kernels/link_probe.cu",
+        0,
+        link_probe.FIELDS,
+        [
+            *array("region", layout.MAX_RANKS),
+            "own",
+            *pieces("pieces"),
+            *words("num_rows rank num_ranks is_reading unused"),
         ],
     ),
 }

@@ -110,10 +110,22 @@ def summary(records: list[dict[str, Any]], problems: list[str]) -> Iterator[str]
     for title, group in groupby(records, key=lambda record: record["step"]):
         yield ""
         yield f"  {title:27s}{'SMs':>4s}{'p50':>8s}{'p99':>8s}{'device':>8s}{'GB/s':>8s}{'%':>6s}"
-        yield from map(_row, group)
+        for _, rows in groupby(group, key=lambda record: record["sms"]):
+            first, *others = rows
+            yield from _ceilings(first)
+            yield from map(_row, (first, *others))
     if problems:
         yield ""
         yield from (f"  {problem}" for problem in problems)
+
+
+def _ceilings(record: dict[str, Any]) -> Iterator[str]:
+    """What as many SMs move between the GPUs if they do nothing else."""
+    for name in ("written", "read"):
+        speed = record.get(f"rows_{name}_bytes_per_s")
+        if speed:
+            percent = 100 * speed / 1e9 / LINK_GB_PER_S
+            yield f"  {f'rows alone, {name}':27s}{record['sms']:4d}{'':24s}{speed / 1e9:8.1f}{percent:6.1f}"
 
 
 def _row(record: dict[str, Any]) -> str:

@@ -28,7 +28,9 @@ Rows that cross to another node are also written to a ring, and read there.
 % and GB/s: of the chain; of p50 for a dispatch without a handle.
 logical: bytes a rank receives, from itself included, mean of the ranks: rows,
 fp8 scales and, in dispatch without a handle, expert indices and weights.
-wire: those of them from other ranks."""
+wire: those of them from other ranks.
+rows alone: what as many SMs write to, or read from, all other GPUs by turns,
+all at once, if they do nothing else: the ceiling of dispatch, or of combine."""
 
 
 def to_text(case: Case, run: CudaRun) -> str:
@@ -91,6 +93,8 @@ def _record(case: Case, run: CudaRun, result: Measured) -> dict[str, Any]:
         "chain_us": result.chain_us,
         "python_us": result.python_us,
         "waits_on_host": operation.waits,
+        "rows_written_bytes_per_s": result.row_speeds.written if result.row_speeds else None,
+        "rows_read_bytes_per_s": result.row_speeds.read if result.row_speeds else None,
         "floor_us": floor or None,
         "floor_percent": 100 * floor / result.telling_us if floor else None,
         "logical_bytes_per_rank": logical,
@@ -137,6 +141,9 @@ def _table(case: Case, run: CudaRun, num_sms: int, measured: list[Measured]) -> 
             line += f"{record['floor_us']:7.0f}{record['floor_percent']:5.0f}"
             line += f"{record['logical_gb_per_s']:10.1f}{record['wire_gb_per_s']:7.1f}"
         yield line
+    speeds = measured[0].row_speeds
+    if speeds is not None:
+        yield f"  rows alone, GB/s between GPUs: {speeds.written / 1e9:.0f} written, {speeds.read / 1e9:.0f} read"
 
 
 def _links(case: Case, run: CudaRun) -> Iterator[str]:

@@ -16,11 +16,12 @@ from epcomm import env
 from epcomm.bootstrap import Communicator
 from epcomm.bootstrap.topology import host_identity
 from epcomm.buffer import Buffer
-from epcomm.cli.bench.case import Case
+from epcomm.cli.bench.case import DTYPES, Case
 from epcomm.cli.bench.cuda.calls import Calls, Operation
 from epcomm.cli.bench.cuda.checks import gather_routing
 from epcomm.cli.bench.cuda.construction import construction_s
-from epcomm.cli.bench.cuda.timing import Timer, copy_speed, peer_copy_speed
+from epcomm.cli.bench.cuda.link_speed import RowSpeeds, peer_copy_speed, row_speeds
+from epcomm.cli.bench.cuda.timing import Timer, copy_speed
 from epcomm.cli.bench.links import Crossing
 from epcomm.config import Config
 
@@ -41,6 +42,7 @@ class Measured:
         calls_us: one time for each call.
         chain_us: the mean of a chain.
         python_us: the host's time of a call, for those whose host time is told.
+        row_speeds: what as many SMs move between the GPUs if they do nothing else; None where all are on one GPU.
     """
 
     operation: Operation
@@ -48,6 +50,7 @@ class Measured:
     calls_us: list[float]
     chain_us: float
     python_us: float | None
+    row_speeds: RowSpeeds | None = None
 
     @property
     def p50_us(self) -> float:
@@ -132,7 +135,11 @@ def run(comm: Communicator, case: Case) -> CudaRun:
                 timer = Timer(cupy, comm, buffer, stream, machine.copy_bytes_per_s)
                 for num_sms in case.sms or (None,):
                     calls.config = None if num_sms is None else Config(num_sms=num_sms)
-                    result.measured.extend(_measure(timer, calls, buffer, case))
+                    speeds = None
+                    if machine.peer_bytes_per_s is not None:
+                        row = case.hidden * DTYPES[case.dtype].itemsize
+                        speeds = row_speeds(cupy, comm, stream, buffer._num_sms(calls.config), row)
+                    result.measured.extend(_measure(timer, calls, buffer, case, speeds))
                     differences.extend(_check(comm, cupy, calls, f"after measuring with {num_sms or 'default'} SMs"))
             stream.synchronize()
             del calls
@@ -165,13 +172,13 @@ def _check(comm: Communicator, cupy: Any, calls: Calls, when: str) -> list[str]:
     return [f"rank {rank}, {when}: {text}" for rank, texts in enumerate(found) for text in texts]
 
 
-def _measure(timer: Timer, calls: Calls, buffer: Buffer, case: Case) -> Iterator[Measured]:
+def _measure(timer: Timer, calls: Calls, buffer: Buffer, case: Case, speeds: RowSpeeds | None) -> Iterator[Measured]:
     num_sms = buffer._num_sms(calls.config)
     for operation, call in calls.operations():
         python_us = timer.python_us(call, case.repeats) if operation.name in _PYTHON_TIMES else None
         chain_us = timer.chain_us(call, case.repeats, waits=operation.waits)
         calls_us = timer.calls_us(call, case.repeats, waits=operation.waits)
-        yield Measured(operation, num_sms, calls_us, chain_us, python_us)
+        yield Measured(operation, num_sms, calls_us, chain_us, python_us, speeds)
 
 
 def machine_of(comm: Communicator, cupy: Any, stream: Any) -> Machine:

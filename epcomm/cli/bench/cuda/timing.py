@@ -19,9 +19,8 @@ import numpy as np
 
 from epcomm.bootstrap import Communicator
 from epcomm.buffer import Buffer
-from epcomm.memory import SymmetricMemory
 
-__all__ = ["Timer", "copy_speed", "peer_copy_speed"]
+__all__ = ["Timer", "copy_speed"]
 
 _WARMUP = 5
 _CHAINS = 3  # of which the median counts
@@ -29,8 +28,6 @@ _MAX_CHAIN = 100  # calls; a launch queue holds 1024 entries, and a call takes a
 _DELAY_US = 150.0  # of GPU time for each call in the queue; longer than Python takes for it
 _COPY_BYTES = 1 << 30
 _SCRATCH_BYTES = 512 << 20
-_PEER_BYTES, _NUM_PEER_COPIES = 256 << 20, 8
-_DEFAULT_KIND = 4  # cudaMemcpyDefault: the addresses tell where memory is
 
 
 def copy_speed(cupy: Any, stream: Any) -> float:
@@ -48,28 +45,6 @@ def copy_speed(cupy: Any, stream: Any) -> float:
         end.synchronize()
         times_ms.append(cupy.cuda.get_elapsed_time(start, end))
     return float(2e3 * num_bytes / np.median(times_ms[_WARMUP:]))
-
-
-def peer_copy_speed(cupy: Any, comm: Communicator, stream: Any) -> float:
-    """Bytes a second of a large copy to the memory of the next rank, all ranks at once: of the slowest.
-
-    Collective, blocks the host.
-    """
-    device = cupy.cuda.Device().id
-    with SymmetricMemory(comm, _PEER_BYTES, device) as memory:
-        source = cupy.zeros(_PEER_BYTES, np.uint8)
-        target = memory.bases[(comm.rank + 1) % comm.size]
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        comm.barrier()
-        for number in range(2 * _NUM_PEER_COPIES):  # of which the second half counts
-            if number == _NUM_PEER_COPIES:
-                start.record(stream)
-            cupy.cuda.runtime.memcpyAsync(target, source.data.ptr, _PEER_BYTES, _DEFAULT_KIND, stream.ptr)
-        end.record(stream)
-        stream.synchronize()
-        elapsed_ms = cupy.cuda.get_elapsed_time(start, end)
-        slowest_ms = max(comm.allgather(elapsed_ms))  # nobody copies any more when all have answered
-    return 1e3 * _NUM_PEER_COPIES * _PEER_BYTES / float(slowest_ms)
 
 
 class Timer:
