@@ -11,12 +11,11 @@ from epcomm.errors import BootstrapError
 from epcomm.kernels import link_probe
 
 cupy = need_gpu()
-MIB = 1 << 20
 
 
 @pytest.fixture
 def few_bytes(monkeypatch):
-    monkeypatch.setattr(link_speed, "_PEER_BYTES", 8 * MIB)
+    monkeypatch.setattr(link_speed, "_PEER_BYTES", 1 << 18)
 
 
 @pytest.mark.gpu
