@@ -38,12 +38,14 @@ class LowLatencyOperation:
         run: the call.
         send: its send half, which returns the receive half; None for what has no halves.
         links: what it moves between ranks.
+        num_calls: of the Buffer, that `run` makes.
     """
 
     name: str
     run: Callable[[], object]
     send: Callable[[], Callable[[], None]] | None
     links: LinkTraffic
+    num_calls: int = 1
 
 
 class Expected:
@@ -206,6 +208,7 @@ class LowLatencyCalls:
                 lambda way=way: self.combine(self.handle, way),  # type: ignore[misc]
                 lambda way=way: self.combine(self.handle, way, is_split=True).hook,  # type: ignore[misc]
                 here[name],
+                num_calls=1 + (way == _IN_PLACE),
             )
         for use_fp8 in self._formats():
             for name, way in {"outside": _OUTSIDE, "in place": _IN_PLACE}.items():
@@ -214,6 +217,7 @@ class LowLatencyCalls:
                     lambda use_fp8=use_fp8, way=way: self.combine(self.dispatch(use_fp8).handle, way),  # type: ignore[misc]
                     None,
                     there[use_fp8] + here[name],
+                    num_calls=2 + (way == _IN_PLACE),
                 )
 
     def _dispatch_links(self) -> dict[bool, LinkTraffic]:

@@ -105,8 +105,9 @@ def _check(comm: Communicator, calls: LowLatencyCalls, when: str) -> list[str]:
 def _measure(
     cupy: Any, timer: Timer, stream: Any, operation: LowLatencyOperation, case: Case, num_sms: int
 ) -> LowLatencyMeasured:
-    calls_us = timer.calls_us(operation.run, case.repeats, waits=False)
-    row_us = timer.row_us(operation.run, case.repeats)
+    num_calls = operation.num_calls
+    calls_us = timer.calls_us(operation.run, case.repeats, waits=False, num_calls=num_calls)
+    row_us = timer.row_us(operation.run, case.repeats, num_calls)
     stream.begin_capture()
     for _ in range(_CALLS_A_GRAPH):
         operation.run()  # the memory of its results goes to the next call
@@ -125,7 +126,7 @@ def _measure(
         graph_us,
         send_us,
         receive_us,
-        timer.python_us(operation.run, case.repeats),
+        timer.python_us(operation.run, case.repeats, num_calls),
         operation.links,
     )
 

@@ -63,14 +63,14 @@ class Timer:
         self._scratch = cupy.zeros(_SCRATCH_BYTES, np.uint8)
         self._copy_us = 1e6 * self._scratch.nbytes / bytes_per_s
 
-    def calls_us(self, run: Callable[[], object], repeats: int, *, waits: bool) -> list[float]:
-        """One time for each call."""
+    def calls_us(self, run: Callable[[], object], repeats: int, *, waits: bool, num_calls: int = 1) -> list[float]:
+        """One time for each `run`, which makes `num_calls` calls of the Buffer."""
         events = [(self._cupy.cuda.Event(), self._cupy.cuda.Event()) for _ in range(_WARMUP + repeats)]
         for number, (start, end) in enumerate(events):
             if waits:
                 self._comm.barrier()
             elif number % _MAX_CHAIN == 0:
-                self._begin(min(_MAX_CHAIN, len(events) - number))
+                self._begin(num_calls * min(_MAX_CHAIN, len(events) - number))
             self._buffer.barrier(stream=self._stream)
             start.record(self._stream)
             run()
@@ -90,13 +90,13 @@ class Timer:
                 times.append((self._chain(run, length) - self._chain(lambda: None, length)) / length)
         return float(np.median(times))
 
-    def row_us(self, run: Callable[[], object], repeats: int) -> float:
-        """The mean time of a call in a row of calls with nothing between them, which does not block the host."""
+    def row_us(self, run: Callable[[], object], repeats: int, num_calls: int = 1) -> float:
+        """The mean time of a `run` in a row of them with nothing between, which does not block the host."""
         length = min(repeats, _MAX_CHAIN)
         times = []
         for _ in range(_CHAINS):
             start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
-            self._begin(length)
+            self._begin(num_calls * length)
             self._buffer.barrier(stream=self._stream)
             start.record(self._stream)
             for _ in range(length):
@@ -148,12 +148,12 @@ class Timer:
         self._end()
         return float(max(self._comm.allgather(1e3 * self._cupy.cuda.get_elapsed_time(start, end))))
 
-    def python_us(self, run: Callable[[], object], repeats: int) -> float:
-        """The host's time from a call to its return, median, in rows of calls that find the GPU busy."""
+    def python_us(self, run: Callable[[], object], repeats: int, num_calls: int = 1) -> float:
+        """The host's time of a `run`, median, in rows of them that find the GPU busy."""
         times_s = []
         for number in range(_WARMUP + repeats):
             if number % _MAX_CHAIN == 0:
-                self._begin(min(_MAX_CHAIN, _WARMUP + repeats - number))
+                self._begin(num_calls * min(_MAX_CHAIN, _WARMUP + repeats - number))
             start = time.perf_counter()
             run()
             times_s.append(time.perf_counter() - start)
