@@ -25,7 +25,7 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def titles(num_ranks: int, tests: Path | None = None) -> list[str]:
-    return [step.title for step in suite.steps(num_ranks, 30, tests)]
+    return [step.title for step in suite.steps(num_ranks, True, 30, tests)]
 
 
 def test_steps():
@@ -39,12 +39,15 @@ def test_steps():
 
 
 def test_commands():
-    tests, *tables = suite.steps(3, 30, Path("tests"))
+    tests, *tables = suite.steps(3, True, 30, Path("tests"))
     assert tests.command[tests.command.index("-k") + 1] == "np2 or np3"
     assert str(Path("tests") / "test_throughput.py") in tests.command
     for step in tables:
         assert {"--ranks=3", "--backend=cuda", "--experts=258", "--hidden=7168", "--topk=8"} < set(step.command)
     assert sum("--sms=8,16,24,32" in step.command for step in tables) == 4
+    assert sum("--sms=24,64" in step.command for step in tables) == 4
+    # Where ranks share GPUs there may be no room for so many.
+    assert not any("--sms=24,64" in step.command for step in suite.steps(3, False, 30, None))
 
 
 def test_where_the_tests_are(monkeypatch, tmp_path):
@@ -121,7 +124,7 @@ def options(tmp_path):
 
 
 def test_main(options, monkeypatch, capsys):
-    monkeypatch.setattr(suite, "_check", lambda args: 2)
+    monkeypatch.setattr(suite, "_check", lambda args: (2, True))
     values = record("", operation="dispatch", chain_us=100.0, wire_bytes_per_rank=1e6)
     code = f"import sys; open(sys.argv[-1].partition('=')[2], 'w').write({json.dumps(values)!r} + '\\n')"
     plan = [Step("good", python(code), True, 20), Step("bad", python("raise SystemExit(1)"), True, 20)]
