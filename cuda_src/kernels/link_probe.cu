@@ -1,5 +1,5 @@
-// link_probe.cu: rows of one rank to or from all others, moved as dispatch and combine move them, and nothing else: the
-// ceiling for what some SMs can do over links. Waits for nobody.
+// link_probe.cu: rows of one rank to or from all others, moved as dispatch moves them, and nothing else: what is left of a
+// link for some SMs. Waits for nobody.
 //
 // Grid: any number of blocks. Warps take rows in turn; row i goes to slot i of a peer that is drawn from its number, or
 // comes from there.

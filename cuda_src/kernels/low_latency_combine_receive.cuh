@@ -121,7 +121,7 @@ __device__ inline int find_rows(const LowLatencyCombineArgs& args, const Call& c
     } else if (is_there) {
         row = args.place_of(comm.rank, at);
     }
-    // ACQUIRE pushed pieces. Pairs with the release of push, or of push_far_message, there.
+    // ACQUIRE pushed pieces. Pairs with the release of Written, or of push_far_message, there.
     const uint64_t* cell = args.piece_at(comm.rank, at, args.slot.is_far(owner) ? 0 : asked.piece);
     auto awaited = [&] {
         // Through a network what nobody reads must have arrived, too, before its sender may use the memory again.

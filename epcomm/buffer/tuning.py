@@ -28,7 +28,8 @@ class Tuning:
         """Set how many SMs operations use by default, for all Buffers of this process.
 
         Any number from 1; ranks may differ. Without this call, and without a `Config`, a CUDA operation takes an equal
-        part of a GPU that ranks share, at most 24 SMs, in the low-latency mode 64. The host backend has no use for it.
+        part of a GPU that ranks share, at most 24 SMs. In the low-latency mode it takes 64 of a GPU that it has for
+        itself, at most half of them, unless other nodes are reached through NVSHMEM. The host backend does not use it.
 
         Raises:
             ShapeError: below 1.

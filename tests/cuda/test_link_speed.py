@@ -20,11 +20,11 @@ def few_bytes(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.ranks((2, 3, 5))
-@pytest.mark.parametrize("row_bytes", [14336, 7168, 64, 48])
+@pytest.mark.parametrize("row_bytes", [28672, 14336, 64, 48])
 def test_rows_arrive(few_bytes, row_bytes):
     comm, stream = as_communicator(None), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device(comm.rank % cupy.cuda.runtime.getDeviceCount()).use()
-    speeds = link_speed.row_speeds(cupy, comm, stream, 3, row_bytes)
+    speeds = link_speed.row_speeds(cupy, comm, stream, 3, row_bytes, 7168)
     assert min(speeds) > 0
     assert comm.allgather(speeds) == [speeds] * comm.size
 
@@ -43,4 +43,4 @@ def test_rows_that_go_elsewhere_are_noticed(few_bytes, monkeypatch):
 
     monkeypatch.setattr(link_probe, "peers_of", others)
     with pytest.raises(BootstrapError, match="rows of the wrong ranks"):
-        link_speed.row_speeds(cupy, comm, stream, 3, 512)
+        link_speed.row_speeds(cupy, comm, stream, 3, 512, 512)

@@ -25,7 +25,7 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def titles(num_ranks: int, tests: Path | None = None) -> list[str]:
-    return [step.title for step in suite.steps(num_ranks, True, 30, tests)]
+    return [step.title for step in suite.steps(num_ranks, 132, 30, tests)]
 
 
 def test_steps():
@@ -39,15 +39,16 @@ def test_steps():
 
 
 def test_commands():
-    tests, *tables = suite.steps(3, True, 30, Path("tests"))
+    tests, *tables = suite.steps(3, 132, 30, Path("tests"))
     assert tests.command[tests.command.index("-k") + 1] == "np2 or np3"
     assert str(Path("tests") / "test_throughput.py") in tests.command
     for step in tables:
         assert {"--ranks=3", "--backend=cuda", "--experts=258", "--hidden=7168", "--topk=8"} < set(step.command)
     assert sum("--sms=8,16,24,32" in step.command for step in tables) == 4
     assert sum("--sms=24,64" in step.command for step in tables) == 4
-    # Where ranks share GPUs there may be no room for so many.
-    assert not any("--sms=24,64" in step.command for step in suite.steps(3, False, 30, None))
+    # No more than there is room for.
+    few = [option for step in suite.steps(3, 20, 30, None) for option in step.command if "sms" in option]
+    assert few == 4 * ["--sms=20"] + 4 * ["--sms=8,16,20"]
 
 
 def test_where_the_tests_are(monkeypatch, tmp_path):
@@ -100,6 +101,7 @@ def test_summary():
             "throughput", operation="dispatch, cached, outside", chain_us=740.0, wire_bytes_per_rank=270.1e6, **alone
         ),
         record("throughput", operation="get_dispatch_layout", chain_us=10.0, wire_bytes_per_rank=0),
+        record("throughput", operation="dispatch", chain_us=99.0, wire_bytes_per_rank=1e6, **{**alone, "sms": 32}),
         record("low latency", operation="dispatch, fp8", graph_us=20.0, row_us=22.0, wire_bytes_per_rank=4.4e6),
     ]
     lines = list(suite.summary(records, ["tests: failed with status 1"]))
@@ -113,6 +115,8 @@ def test_summary():
     assert [line.split() for line in lines if "rows alone" in line] == [
         ["rows", "alone,", "written", "24", "333.0", "90.0"],
         ["rows", "alone,", "read", "24", "296.0", "80.0"],
+        ["rows", "alone,", "written", "32", "333.0", "90.0"],
+        ["rows", "alone,", "read", "32", "296.0", "80.0"],
     ]
     assert lines[-1] == "  tests: failed with status 1"
     assert list(suite.summary([], [])) == []
@@ -124,7 +128,7 @@ def options(tmp_path):
 
 
 def test_main(options, monkeypatch, capsys):
-    monkeypatch.setattr(suite, "_check", lambda args: (2, True))
+    monkeypatch.setattr(suite, "_check", lambda args: (2, 132))
     values = record("", operation="dispatch", chain_us=100.0, wire_bytes_per_rank=1e6)
     code = f"import sys; open(sys.argv[-1].partition('=')[2], 'w').write({json.dumps(values)!r} + '\\n')"
     plan = [Step("good", python(code), True, 20), Step("bad", python("raise SystemExit(1)"), True, 20)]

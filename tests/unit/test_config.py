@@ -12,7 +12,9 @@ import pytest
 from helpers.calls import raises
 
 from epcomm import Buffer, Config, config
+from epcomm.buffer.tuning import Tuning
 from epcomm.errors import ShapeError
+from epcomm.numerics import BFLOAT16
 
 MIB = 1 << 20
 NAMES = (
@@ -183,3 +185,35 @@ def test_low_latency_hint_grows_with(name):
     assert config.low_latency_size_hint(**larger) > config.low_latency_size_hint(**sizes)
     with raises(ShapeError, f"^{name}: got 0; wanted at least 1"):
         config.low_latency_size_hint(**{**LOW_LATENCY, name: 0})
+
+
+def test_low_latency_calls_have_a_default_of_their_own(monkeypatch):
+    seen = []
+    with Buffer(low_latency_mode=True) as buffer:
+        backend = buffer._backend
+        run = backend.low_latency_dispatch, backend.low_latency_combine
+
+        def dispatch(turn, request):
+            seen.append(request.terms.num_sms)
+            return run[0](turn, request)
+
+        def combine(turn, request):
+            seen.append(request.terms.num_sms)
+            return run[1](turn, request)
+
+        def num_sms(wanted, is_low_latency=False):
+            return wanted or (64 if is_low_latency else 24)
+
+        for name, value in {
+            "low_latency_dispatch": dispatch,
+            "low_latency_combine": combine,
+            "num_sms": num_sms,
+        }.items():
+            monkeypatch.setattr(backend, name, value)
+        x, topk_idx = np.zeros((2, 128), BFLOAT16), np.zeros((2, 1), np.int64)
+        for is_chosen in (False, True):
+            monkeypatch.setattr(Tuning, "_num_sms_chosen", is_chosen)
+            monkeypatch.setattr(Tuning, "num_sms", 7)
+            handle = buffer.low_latency_dispatch(x, topk_idx, 2, 1, use_fp8=False).handle
+            buffer.low_latency_combine(np.zeros((1, 2, 128), BFLOAT16), topk_idx, np.ones((2, 1), np.float32), handle)
+    assert seen == [64, 64, 7, 7]

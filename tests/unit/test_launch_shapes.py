@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from epcomm import config
-from epcomm.backends.cuda.placement import default_num_sms
+from epcomm.backends.cuda.placement import default_num_sms, low_latency_num_sms
 from epcomm.errors import CapacityError
 from epcomm.kernels import (
     arguments,
@@ -169,21 +169,28 @@ def test_a_row_that_is_larger_than_a_window():
 
 
 @pytest.mark.parametrize(
-    ("sms", "ranks_on_gpu", "wanted", "low_latency"),
+    ("sms", "ranks_on_gpu", "wanted"),
+    [(132, 1, 24), (132, 5, 24), (132, 6, 22), (132, 8, 16), (132, 200, 1), (7, 1, 7)],
+)
+def test_default_number_of_sms(sms, ranks_on_gpu, wanted):
+    assert default_num_sms(sms, ranks_on_gpu) == wanted
+    assert wanted * ranks_on_gpu <= max(sms, ranks_on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("sms", "ranks_on_gpu", "has_network", "wanted"),
     [
-        (132, 1, 24, 64),
-        (132, 2, 24, 64),
-        (132, 5, 24, 26),
-        (132, 6, 22, 22),
-        (132, 8, 16, 16),
-        (132, 200, 1, 1),
-        (7, 1, 7, 7),
+        (132, 1, False, 64),
+        (108, 1, False, 54),
+        (1, 1, False, 1),
+        (132, 1, True, 24),
+        (132, 2, False, 24),
+        (132, 8, False, 16),
     ],
 )
-def test_default_number_of_sms(sms, ranks_on_gpu, wanted, low_latency):
-    assert default_num_sms(sms, ranks_on_gpu, False) == wanted
-    assert default_num_sms(sms, ranks_on_gpu, True) == low_latency
-    assert low_latency * ranks_on_gpu <= max(sms, ranks_on_gpu)
+def test_default_number_of_sms_in_the_low_latency_mode(sms, ranks_on_gpu, has_network, wanted):
+    assert low_latency_num_sms(sms, ranks_on_gpu, has_network) == wanted
+    assert 2 * wanted * ranks_on_gpu <= 2 * sms
 
 
 # -- several nodes ----------------------------------------------------------------------------------------------------

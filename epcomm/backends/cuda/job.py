@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 from epcomm.backends.cuda.forecast import Forecast
 from epcomm.backends.cuda.launcher import SCRATCH_BYTES, Launcher
 from epcomm.backends.cuda.page import HostPage
-from epcomm.backends.cuda.placement import Placement, agree_on_device, default_num_sms, has_network
+from epcomm.backends.cuda.placement import (
+    Placement,
+    agree_on_device,
+    default_num_sms,
+    has_network,
+    low_latency_num_sms,
+)
 from epcomm.backends.cuda.regions import Regions
 from epcomm.backends.cuda.settings import Settings
 from epcomm.backends.cuda.slots import LowLatency, LowLatencyLauncher
@@ -79,10 +85,9 @@ class Job:
         except Exception as error:  # the others wait for this rank
             problem = error
         self.placement = Placement.agree(comm, device, problem)
-        self.default_num_sms, self.low_latency_num_sms = (
-            default_num_sms(self.placement.num_sms, self.placement.ranks_on_gpu, is_low_latency)
-            for is_low_latency in (False, True)
-        )
+        share = self.placement.num_sms, self.placement.ranks_on_gpu
+        self.default_num_sms = default_num_sms(*share)
+        self.low_latency_num_sms = low_latency_num_sms(*share, self._has_network)
         self._share_memory(topology, cubins, settings)
         self.window = Window(self.size)
         self.forecast = Forecast()

@@ -13,11 +13,11 @@ from epcomm.errors import BootstrapError, DeviceError, PeerError, UnsupportedOpt
 from epcomm.jit import Footprint, Launch, device_uuid, num_sms, plan_residency
 from epcomm.kernels.layout import MAX_RANKS
 
-__all__ = ["Placement", "agree_on_device", "choose_device", "default_num_sms", "has_network"]
+__all__ = ["Placement", "agree_on_device", "choose_device", "default_num_sms", "has_network", "low_latency_num_sms"]
 
 # SMs an operation takes by default where a GPU belongs to one rank: enough to fill NVLink (pieces of 200 KB under way
 # on each), and few enough to leave the GPU to the model.
-_DEFAULT_NUM_SMS, _LOW_LATENCY_NUM_SMS = 24, 64  # measured with a GPU for each rank; see BENCHMARKS.md
+_DEFAULT_NUM_SMS, _LOW_LATENCY_NUM_SMS = 24, 64  # measured over NVLink, with a GPU for each rank
 
 
 def choose_device(cupy: Any, topology: Topology, device: int | None) -> int:
@@ -56,15 +56,27 @@ def agree_on_device(comm: Communicator, cupy: Any, topology: Topology, device: i
     return chosen
 
 
-def default_num_sms(sms: int, ranks_on_gpu: int, is_low_latency: bool) -> int:
-    """SMs of an operation when nobody says how many: an equal part of a shared GPU, at most 24, or 64.
+def default_num_sms(sms: int, ranks_on_gpu: int) -> int:
+    """SMs of an operation when nobody says how many: an equal part of a shared GPU, at most 24.
 
     Args:
         sms: SMs of the GPU that this process may use.
         ranks_on_gpu: ranks whose kernels must be on it at once.
-        is_low_latency: of the low-latency mode, where the GPU has little else to do, and more SMs are faster.
     """
-    return max(1, min(_LOW_LATENCY_NUM_SMS if is_low_latency else _DEFAULT_NUM_SMS, sms // ranks_on_gpu))
+    return max(1, min(_DEFAULT_NUM_SMS, sms // ranks_on_gpu))
+
+
+def low_latency_num_sms(sms: int, ranks_on_gpu: int, has_network: bool) -> int:
+    """The same of the low-latency mode, whose warps wait for memory and not for links: 64 of a GPU of its own, and at
+    most half of it, so that two Buffers have room.
+
+    Args:
+        sms, ranks_on_gpu: as above.
+        has_network: other nodes are reached through NVSHMEM, whose queue pairs more SMs would have to share.
+    """
+    if ranks_on_gpu > 1 or has_network:
+        return default_num_sms(sms, ranks_on_gpu)
+    return max(1, min(_LOW_LATENCY_NUM_SMS, sms // 2))
 
 
 def has_network(topology: Topology) -> bool:

@@ -23,6 +23,7 @@ import epcomm
 from epcomm.cli import job
 from epcomm.cli.doctor import child
 from epcomm.errors import InputError
+from epcomm.jit import num_sms
 
 __all__ = ["LINK_GB_PER_S", "Step", "main", "steps", "summary"]
 
@@ -31,7 +32,7 @@ _TOTAL_S = 540.0
 _TESTS = ("test_throughput.py", "test_low_latency.py", "test_low_latency_options.py", "test_low_latency_graphs.py")
 _TESTS_S, _TABLE_S, _GRACE_S = 200.0, 100.0, 15.0
 _THROUGHPUT_TOKENS, _LOW_LATENCY_TOKENS = (4096, 8192), (1, 16, 128, 512)
-_LOW_LATENCY_SMS = "24,64"
+_THROUGHPUT_SMS, _LOW_LATENCY_SMS = (8, 16, 24, 32), (24, 64)
 _EXPERTS_AND_SIZES = ("--hidden=7168", "--topk=8")
 _MIN_EXPERTS = 256
 
@@ -56,7 +57,7 @@ class Step:
 def main(args: argparse.Namespace) -> int:
     """Run it, print each table as it comes and a summary; 0 when all that ran was right and nothing is missing."""
     try:
-        (num_ranks, has_own_gpus), tests = _check(args), _tests_folder()
+        (num_ranks, most_sms), tests = _check(args), _tests_folder()
     except InputError as error:
         print(f"epcomm bench: {error}", file=sys.stderr)
         return 2
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     end = time.monotonic() + _TOTAL_S
     records: list[dict[str, Any]] = []
     problems: list[str] = []
-    for step in steps(num_ranks, has_own_gpus, args.repeats, tests):
+    for step in steps(num_ranks, most_sms, args.repeats, tests):
         found, problem = _run(step, min(step.limit_s, end - time.monotonic()))
         records += found
         if problem:
@@ -79,8 +80,8 @@ def main(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def steps(num_ranks: int, has_own_gpus: bool, repeats: int, tests: Path | None) -> Iterator[Step]:
-    """In their order. `has_own_gpus`: a GPU for each rank. `tests`: the folder of the GPU tests."""
+def steps(num_ranks: int, most_sms: int, repeats: int, tests: Path | None) -> Iterator[Step]:
+    """In their order. `most_sms`: that a rank may have. `tests`: the folder of the GPU tests."""
     if tests is not None and num_ranks > 1:
         # A rank for each GPU: more share GPUs, and are slow.
         sizes = " or ".join(f"np{n}" for n in range(2, num_ranks + 1))
@@ -89,13 +90,14 @@ def steps(num_ranks: int, has_own_gpus: bool, repeats: int, tests: Path | None) 
         yield Step(f"tests of 2 to {num_ranks} ranks", pytest, False, _TESTS_S)
     experts = -(-_MIN_EXPERTS // num_ranks) * num_ranks
     always = (f"--ranks={num_ranks}", "--backend=cuda", f"--experts={experts}", *_EXPERTS_AND_SIZES)
-    sms = (f"--sms={_LOW_LATENCY_SMS}",) if has_own_gpus else ()  # else the default, for which there is room
     for tokens in _LOW_LATENCY_TOKENS:
-        options = ("--mode=low-latency", f"--tokens={tokens}", f"--repeats={repeats}", *sms, *always)
+        sms = _sms(_LOW_LATENCY_SMS, most_sms)
+        options = ("--mode=low-latency", f"--tokens={tokens}", sms, f"--repeats={repeats}", *always)
         yield Step(f"low latency, {_count(tokens)}", _bench(*options), True, _TABLE_S)
     for tokens in _THROUGHPUT_TOKENS:
         for dtype in ("bf16", "fp8"):
-            rows = (f"--tokens={tokens}", f"--dtype={dtype}", "--sms=8,16,24,32", f"--repeats={repeats}")
+            sms = _sms(_THROUGHPUT_SMS, most_sms)
+            rows = (f"--tokens={tokens}", f"--dtype={dtype}", sms, f"--repeats={repeats}")
             yield Step(f"throughput, {_count(tokens)}, {dtype}", _bench(*rows, *always), True, _TABLE_S)
 
 
@@ -141,8 +143,8 @@ def _row(record: dict[str, Any]) -> str:
     return line
 
 
-def _check(args: argparse.Namespace) -> tuple[int, bool]:
-    """Number of ranks: one for each GPU, or what the options say; and whether each has a GPU of its own."""
+def _check(args: argparse.Namespace) -> tuple[int, int]:
+    """Number of ranks: one for each GPU, or what the options say; and how many SMs each may have."""
     if job.backend_here("auto" if args.backend == "auto" else args.backend) != "cuda":
         raise InputError("--report", got="the host backend", wanted="a machine with GPUs")
     if args.json is not None:
@@ -153,7 +155,12 @@ def _check(args: argparse.Namespace) -> tuple[int, bool]:
 
     num_gpus = int(cupy.cuda.runtime.getDeviceCount())
     num_ranks = int(args.ranks or num_gpus)
-    return num_ranks, num_ranks <= num_gpus
+    return num_ranks, min(map(num_sms, range(num_gpus))) // -(-num_ranks // num_gpus)
+
+
+def _sms(wanted: tuple[int, ...], most: int) -> str:
+    """The option, with what there is room for."""
+    return "--sms=" + ",".join(map(str, dict.fromkeys(min(sms, most) for sms in wanted)))
 
 
 def _tests_folder() -> Path | None:

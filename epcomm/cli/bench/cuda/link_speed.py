@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from epcomm.bootstrap import Communicator
 from epcomm.bootstrap.topology import host_identity
@@ -24,7 +26,7 @@ _BULK_ARCHITECTURE = 90  # the first with a copy engine in the SM
 
 
 class RowSpeeds(NamedTuple):
-    """Bytes a second of rows that SMs move between GPUs, all ranks at once: of the slowest."""
+    """Bytes a second of rows that SMs move between GPUs and do nothing else, all ranks at once: of the slowest."""
 
     written: float
     read: float
@@ -46,8 +48,10 @@ def peer_copy_speed(cupy: Any, comm: Communicator, stream: Any) -> float:
         return _NUM_COPIES * _PEER_BYTES / _slowest_s(cupy, comm, stream, copy)
 
 
-def row_speeds(cupy: Any, comm: Communicator, stream: Any, num_sms: int, row_bytes: int) -> RowSpeeds:
-    """Rows to and from all other ranks by turns, moved by `num_sms` SMs of each GPU; the bytes that arrive are checked.
+def row_speeds(
+    cupy: Any, comm: Communicator, stream: Any, num_sms: int, written_bytes: int, read_bytes: int
+) -> RowSpeeds:
+    """Rows to, and from, all other ranks, in an order that looks random; all bytes that arrive are checked.
 
     Collective, blocks the host.
 
@@ -56,57 +60,86 @@ def row_speeds(cupy: Any, comm: Communicator, stream: Any, num_sms: int, row_byt
         comm: the ranks, on GPUs that reach each other.
         stream: in which it runs.
         num_sms: blocks of the kernel.
-        row_bytes: of a row, a multiple of 16.
+        written_bytes, read_bytes: of a row that is written, or read; multiples of 16.
 
     Raises:
-        BootstrapError: a row did not arrive, or is of another rank.
+        BootstrapError: a row did not arrive, or is another one.
     """
     device = cupy.cuda.Device().id
     architecture = device_architecture(device)
     cubins = share_cubins(comm, comm.allgather(host_identity()), [link_probe.PROGRAM], architecture)
     kernel = Kernel(cubins[link_probe.PROGRAM], link_probe.ENTRY, device)
     memory_bytes = stage_memory(max_shared_bytes(device)) if int(architecture) >= _BULK_ARCHITECTURE else 0
-    shape, num_rows = link_probe.shape(row_bytes, memory_bytes), _PEER_BYTES // row_bytes
     if memory_bytes:
-        kernel.allow_shared(shape.shared_bytes)
+        kernel.allow_shared(memory_bytes)
     arguments = Arguments(b"", link_probe.FIELDS)
-    peers = cupy.asarray(link_probe.peers_of(comm.rank, comm.size, num_rows))
     speeds = []
     with SymmetricMemory(comm, _PEER_BYTES, device) as memory, stream:
         region = cupy.cuda.UnownedMemory(memory.bases[comm.rank], _PEER_BYTES, memory, device)
-        words = num_rows, row_bytes // 8
-        there = cupy.ndarray(words, np.uint64, cupy.cuda.MemoryPointer(region, 0))
-        here = cupy.zeros(words, np.uint64)
-        for is_reading in (False, True):
-            (there if is_reading else here)[:, -1] = comm.rank + 1  # whose it is
-            (here if is_reading else there)[:, -1] = 0
+        for row_bytes, is_reading in ((written_bytes, False), (read_bytes, True)):
+            words = _PEER_BYTES // row_bytes, row_bytes // 8
+            there = cupy.ndarray(words, np.uint64, cupy.cuda.MemoryPointer(region, 0))
+            here = cupy.zeros(words, np.uint64)
+            source, target = (there, here) if is_reading else (here, there)
+            source[...] = cupy.asarray(_rows_of(comm.rank, words[0]))[:, None]
+            target[...] = 0
             stream.synchronize()
-
-            def move(is_reading: bool = is_reading) -> None:
-                bases = (*memory.bases, *[0] * (MAX_RANKS - comm.size))
-                fields = (*bases, here.data.ptr, *shape.pieces, num_rows, comm.rank, comm.size, is_reading, 0)
-                kernel.launch(num_sms, shape.threads, shape.shared_bytes, stream.ptr, arguments.fill(fields))
-
-            elapsed_s = _slowest_s(cupy, comm, stream, move)
-            speeds.append(_NUM_COPIES * num_rows * row_bytes / elapsed_s)
-            whose = (here if is_reading else there)[:, -1].copy()
-            is_right = bool((whose == peers + 1).all()) if is_reading else _came_from_writers(cupy, comm, whose)
-            if not all(comm.allgather(is_right)):
+            elapsed_s = _slowest_s(
+                cupy,
+                comm,
+                stream,
+                _mover(kernel, arguments, comm, stream, num_sms, memory, here, is_reading, memory_bytes),
+            )
+            speeds.append(_NUM_COPIES * words[0] * row_bytes / elapsed_s)
+            if not all(comm.allgather(_is_right(cupy, comm, target, is_reading))):
                 raise BootstrapError("link probe", got="rows of the wrong ranks", wanted="each from where it was sent")
         stream.synchronize()
         comm.barrier()
     return RowSpeeds(*speeds)
 
 
-def _came_from_writers(cupy: Any, comm: Communicator, whose: Any) -> bool:
-    """Whether every row says that it is of a rank that writes there, or is empty where none does."""
-    is_right = cupy.zeros(len(whose), np.bool_)
-    is_written = cupy.zeros(len(whose), np.bool_)
-    for rank in set(range(comm.size)) - {comm.rank}:
-        writes = cupy.asarray(link_probe.peers_of(rank, comm.size, len(whose)) == comm.rank)
-        is_written |= writes
-        is_right |= writes & (whose == rank + 1)
-    return bool((is_right | (~is_written & (whose == 0))).all())
+def _mover(
+    kernel: Kernel,
+    arguments: Arguments,
+    comm: Communicator,
+    stream: Any,
+    num_sms: int,
+    memory: SymmetricMemory,
+    here: Any,
+    is_reading: bool,
+    memory_bytes: int,
+) -> Callable[[], None]:
+    """What moves all rows once."""
+    num_rows, row_bytes = here.shape[0], here.shape[1] * here.itemsize
+    shape = link_probe.shape(row_bytes, memory_bytes)
+    bases = (*memory.bases, *[0] * (MAX_RANKS - comm.size))
+    fields = (*bases, here.data.ptr, *shape.pieces, num_rows, comm.rank, comm.size, is_reading, 0)
+
+    def move() -> None:
+        kernel.launch(num_sms, shape.threads, shape.shared_bytes, stream.ptr, arguments.fill(fields))
+
+    return move
+
+
+def _rows_of(rank: int, num_rows: int) -> NDArray[np.uint64]:
+    """``[num_rows]``: what every word of each row of a rank is, never 0."""
+    return np.arange(num_rows, dtype=np.uint64) + np.uint64((rank + 1) << 32)
+
+
+def _is_right(cupy: Any, comm: Communicator, target: Any, is_reading: bool) -> bool:
+    """Whether every row is that of the rank it came from; a row to which nobody has written is empty."""
+    num_rows = len(target)
+    if is_reading:
+        peers = link_probe.peers_of(comm.rank, comm.size, num_rows)
+        wanted = np.choose(peers, [_rows_of(rank, num_rows) for rank in range(comm.size)])
+        return bool((target == cupy.asarray(wanted)[:, None]).all())
+    writers = [rank for rank in range(comm.size) if rank != comm.rank]
+    writes = [link_probe.peers_of(rank, comm.size, num_rows) == comm.rank for rank in writers]
+    found = cupy.asnumpy(target[:, 0])
+    is_right = ~np.any(writes, axis=0) & (found == 0)
+    for rank, is_written in zip(writers, writes, strict=True):
+        is_right |= is_written & (found == _rows_of(rank, num_rows))
+    return bool(is_right.all()) and bool((target == cupy.asarray(found)[:, None]).all())
 
 
 def _slowest_s(cupy: Any, comm: Communicator, stream: Any, move: Any) -> float:

@@ -116,7 +116,7 @@ def _measure(
     graph_us = timer.row_us(lambda: graph.launch(stream), replays) / _CALLS_A_GRAPH
     send_us = receive_us = None
     if operation.send is not None:
-        send_us, receive_us = timer.halves_us(operation.send, case.repeats)
+        send_us, receive_us = timer.halves_us(operation.send, case.repeats, num_calls)
     return LowLatencyMeasured(
         operation.name,
         num_sms,

@@ -29,8 +29,8 @@ Rows that cross to another node are also written to a ring, and read there.
 logical: bytes a rank receives, from itself included, mean of the ranks: rows,
 fp8 scales and, in dispatch without a handle, expert indices and weights.
 wire: those of them from other ranks.
-rows alone: what as many SMs write to, or read from, all other GPUs by turns,
-all at once, if they do nothing else: the ceiling of dispatch, or of combine."""
+rows alone: what as many SMs write to, or read from, all other GPUs at once if
+they do nothing else; dispatch writes rows, combine reads them."""
 
 
 def to_text(case: Case, run: CudaRun) -> str:

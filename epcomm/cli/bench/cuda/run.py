@@ -42,7 +42,8 @@ class Measured:
         calls_us: one time for each call.
         chain_us: the mean of a chain.
         python_us: the host's time of a call, for those whose host time is told.
-        row_speeds: what as many SMs move between the GPUs if they do nothing else; None where all are on one GPU.
+        row_speeds: what as many SMs move between the GPUs if they do nothing else; None unless each rank has a GPU of
+            its own, all on one host.
     """
 
     operation: Operation
@@ -78,7 +79,7 @@ class Machine:
         ranks_on_gpu: largest number of ranks on one GPU.
         mps: whether they are clients of an MPS daemon.
         copy_bytes_per_s: measured speed of a copy, read and written.
-        peer_bytes_per_s: of one to the next rank, all ranks at once; None where all are on one GPU.
+        peer_bytes_per_s: of one to the next rank, all ranks at once; None where all are on one GPU or on several hosts.
     """
 
     gpu: str
@@ -136,9 +137,9 @@ def run(comm: Communicator, case: Case) -> CudaRun:
                 for num_sms in case.sms or (None,):
                     calls.config = None if num_sms is None else Config(num_sms=num_sms)
                     speeds = None
-                    if machine.peer_bytes_per_s is not None:
-                        row = case.hidden * DTYPES[case.dtype].itemsize
-                        speeds = row_speeds(cupy, comm, stream, buffer._num_sms(calls.config), row)
+                    if machine.peer_bytes_per_s is not None and machine.ranks_on_gpu == 1:
+                        rows = [case.hidden * dtype.itemsize for dtype in (DTYPES[case.dtype], case.combine_dtype)]
+                        speeds = row_speeds(cupy, comm, stream, buffer._num_sms(calls.config), *rows)
                     result.measured.extend(_measure(timer, calls, buffer, case, speeds))
                     differences.extend(_check(comm, cupy, calls, f"after measuring with {num_sms or 'default'} SMs"))
             stream.synchronize()

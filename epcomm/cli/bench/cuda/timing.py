@@ -104,12 +104,14 @@ class Timer:
             times.append(self._elapsed(start, end) / length)
         return float(np.median(times))
 
-    def halves_us(self, send: Callable[[], Callable[[], None]], repeats: int) -> tuple[float, float]:
-        """Medians of the two halves of a call: `send` gives the other one."""
+    def halves_us(
+        self, send: Callable[[], Callable[[], None]], repeats: int, num_calls: int = 1
+    ) -> tuple[float, float]:
+        """Medians of the two halves of a call: `send`, which makes `num_calls` of the Buffer, gives the other one."""
         events = [[self._cupy.cuda.Event() for _ in range(4)] for _ in range(_WARMUP + repeats)]
         for number, (send_start, send_end, receive_start, receive_end) in enumerate(events):
             if number % _MAX_CHAIN == 0:
-                self._begin(min(_MAX_CHAIN, len(events) - number))
+                self._begin((num_calls + 1) * min(_MAX_CHAIN, len(events) - number))
             self._buffer.barrier(stream=self._stream)
             send_start.record(self._stream)
             receive = send()
