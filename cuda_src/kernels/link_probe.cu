@@ -5,6 +5,7 @@
 // comes from there.
 //
 // Regions: writes, or reads, the given ones of all other ranks.
+#include "common/layout.cuh"
 #include "sync/rows.cuh"
 
 #ifndef KERNEL_STAGES
@@ -32,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) epcomm_link_probe(const __g
     constexpr int kStages = KERNEL_STAGES;
     extern __shared__ __align__(128) uint8_t dynamic[];
     uint64_t* barriers = reinterpret_cast<uint64_t*>(dynamic) + warp_index() * kStages;
-    uint8_t* stages = dynamic + round_up(warps_per_block() * kStages * sizeof(uint64_t), 128) +
+    uint8_t* stages = dynamic + round_up(warps_per_block() * kStages * sizeof(uint64_t), kUnit) +
                       static_cast<uint64_t>(warp_index()) * kStages * args.pieces.piece_bytes;
     RowPipe<kStages> pipe(stages, barriers, args.pieces.piece_bytes);
     auto there = [&](int row) {

@@ -109,7 +109,7 @@ class LowLatencyOperations(LowLatencyMasks):
                     use_ue8m0=use_ue8m0,
                     return_recv_hook=return_recv_hook,
                     num_ranks=self._num_ranks,
-                    num_sms=self._low_latency_num_sms(),
+                    num_sms=self._num_sms(None, is_low_latency=True),
                     check=self._check_routing,
                 )
             except Exception as error:
@@ -229,7 +229,7 @@ class LowLatencyOperations(LowLatencyMasks):
                     pre_reduce=pre_reduce,
                     return_recv_hook=return_recv_hook,
                     num_ranks=self._num_ranks,
-                    num_sms=self._low_latency_num_sms(),
+                    num_sms=self._num_sms(None, is_low_latency=True),
                     check=self._check_routing,
                 )
             except Exception as error:

@@ -55,18 +55,13 @@ class Tuning:
         """Bytes to pass as `num_rdma_bytes` of a low-latency Buffer; `config.low_latency_size_hint` has the formula."""
         return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
-    def _num_sms(self, config: Any) -> int:
-        """SMs of an operation with this config; None for the default one.
+    def _num_sms(self, config: Any, is_low_latency: bool = False) -> int:
+        """SMs of an operation with this config; None for the default one, as in the low-latency mode.
 
         The tables' own number, which nobody has chosen, gives way to an equal part of a GPU that ranks share.
         """
         if not isinstance(config, Config):
-            return self._backend.num_sms(Tuning.num_sms if Tuning._num_sms_chosen else None)
+            return self._backend.num_sms(Tuning.num_sms if Tuning._num_sms_chosen else None, is_low_latency)
         if Tuning._num_sms_chosen or config.num_sms != Tuning.num_sms:
             return self._backend.num_sms(config.num_sms)
         return min(config.num_sms, self._backend.num_sms(None))
-
-    def _low_latency_num_sms(self) -> int:
-        """SMs of a low-latency operation."""
-        wanted = Tuning.num_sms if Tuning._num_sms_chosen else None
-        return self._backend.num_sms(wanted, is_low_latency=True)

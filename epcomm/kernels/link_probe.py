@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from epcomm.jit import Program
+from epcomm.kernels.dispatch import STAGES, Shape
 from epcomm.kernels.layout import MAX_RANKS
-from epcomm.kernels.rows import Pieces, cut, num_warps, pipe_bytes
+from epcomm.kernels.rows import cut, num_warps, pipe_bytes
 
-__all__ = ["ENTRY", "FIELDS", "PROGRAM", "Shape", "peers_of", "shape"]
+__all__ = ["ENTRY", "FIELDS", "PROGRAM", "peers_of", "shape"]
 
-_STAGES = 2
-PROGRAM = Program("kernels/link_probe.cu", (("KERNEL_STAGES", str(_STAGES)),))
+PROGRAM = Program("kernels/link_probe.cu", (("KERNEL_STAGES", str(STAGES)),))
 ENTRY = "epcomm_link_probe"
 _MAX_WARPS = 16
 
@@ -23,20 +22,12 @@ _MAX_WARPS = 16
 FIELDS = struct.Struct(f"<{MAX_RANKS}QQ3I4iI")
 
 
-class Shape(NamedTuple):
-    """Launch shape for rows of one size."""
-
-    pieces: Pieces
-    threads: int
-    shared_bytes: int
-
-
 def shape(row_bytes: int, memory: int) -> Shape:
     """As many warps as have room for pieces. `memory`: `stage_memory`, or 0: rows go through registers."""
     pieces = cut(row_bytes)
-    stage_bytes = _STAGES * pieces.piece_bytes if memory else 0
-    warps = num_warps(memory, _STAGES, stage_bytes, _MAX_WARPS) if memory else _MAX_WARPS
-    return Shape(pieces, 32 * warps, pipe_bytes(warps, _STAGES, stage_bytes))
+    stage_bytes = STAGES * pieces.piece_bytes if memory else 0
+    warps = num_warps(memory, STAGES, stage_bytes, _MAX_WARPS) if memory else _MAX_WARPS
+    return Shape(pieces, 32 * warps, pipe_bytes(warps, STAGES, stage_bytes))
 
 
 def peers_of(rank: int, num_ranks: int, num_rows: int) -> NDArray[np.int64]:

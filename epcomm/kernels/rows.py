@@ -10,6 +10,7 @@ __all__ = ["Pieces", "cut", "num_warps", "pipe_bytes", "stage_memory"]
 
 _STATIC_BYTES = 3 * 1024  # shared memory that kernels take for other things
 _MAX_PIECE = 14336  # bytes
+_BULK_ARCHITECTURE = 90  # the first with a copy engine in the SM
 
 
 class Pieces(NamedTuple):
@@ -20,9 +21,13 @@ class Pieces(NamedTuple):
     num_pieces: int
 
 
-def stage_memory(block_bytes: int) -> int:
-    """Dynamic shared memory of a block, of what the GPU lets one have: the more is under way, the fewer SMs will do."""
-    return block_bytes - _STATIC_BYTES
+def stage_memory(block_bytes: int, architecture: str) -> int:
+    """Dynamic shared memory of a block through which the copy engine of its SM moves rows; 0: there is no such engine.
+
+    All that the GPU lets a block have, `block_bytes`: the more is under way, the fewer SMs will do. `architecture` as
+    for `epcomm.jit.compile_program`.
+    """
+    return block_bytes - _STATIC_BYTES if int(architecture) >= _BULK_ARCHITECTURE else 0
 
 
 def cut(row_bytes: int, max_piece: int = _MAX_PIECE) -> Pieces:

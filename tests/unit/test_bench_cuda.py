@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from epcomm.cli.bench.case import DTYPES, Case, make_routing
 from epcomm.cli.bench.cuda import calls as checked_calls
 from epcomm.cli.bench.cuda import checks, data, report, run, timing
 from epcomm.cli.bench.cuda.calls import Calls
+from epcomm.cli.bench.cuda.link_speed import RowSpeeds
 from epcomm.errors import InputError
 
 RANKS = 3
@@ -355,6 +357,25 @@ def test_rates_are_of_the_chain_unless_the_call_waits():
     found = make_run({"dispatch": 50.0, "dispatch, cached": 50.0}, case)
     whole, cached = (run.Measured(result.operation, 16, [50.0], 25.0, None) for result in found.measured)
     assert (whole.telling_us, cached.telling_us) == (50.0, 25.0)
+
+
+def test_rows_alone_are_told_where_they_were_measured():
+    case = make_case()
+    found = make_run({"dispatch": 50.0}, case)
+    assert "rows alone" not in report.to_text(case, found)
+    (one,) = found.measured
+    found.measured[:] = [
+        replace(one, num_sms=8, row_speeds=RowSpeeds(3.36e11, 3.01e11)),
+        replace(one, num_sms=24, row_speeds=RowSpeeds(3.38e11, 3.3e11)),
+    ]
+    lines = report.to_text(case, found).splitlines()
+    assert [line.split(": ")[1] for line in lines if "rows alone, GB/s" in line] == [
+        "336 written, 301 read",
+        "338 written, 330 read",
+    ]
+    assert sum(line.strip().startswith("rows alone: what") for line in lines) == 1
+    records = [json.loads(line) for line in report.to_json_lines(case, found)]
+    assert [record["rows_read_bytes_per_s"] for record in records] == [3.01e11, 3.3e11]
 
 
 # -- options ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from epcomm.kernels.window import PARTS, WINDOW_BYTES, Window
 ROW_BYTES = [*range(16, 1200, 16), *range(1200, 60000, 1008), 14336, 14352, 28672, 28688, 100000, 262144, 1 << 20]
 MAX_PIECE = 14336
 # What a block may have on GPUs with a copy engine (compute capability 9.0 and 10.0, 12.0), and on those without.
-MEMORIES = [stage_memory(227 * 1024), stage_memory(99 * 1024), 0]
+MEMORIES = [stage_memory(227 * 1024, "90"), stage_memory(99 * 1024, "120"), stage_memory(163 * 1024, "80")]
 
 
 def assert_covers(pieces: Pieces, row_bytes: int) -> None:
@@ -190,7 +190,7 @@ def test_default_number_of_sms(sms, ranks_on_gpu, wanted):
 )
 def test_default_number_of_sms_in_the_low_latency_mode(sms, ranks_on_gpu, has_network, wanted):
     assert low_latency_num_sms(sms, ranks_on_gpu, has_network) == wanted
-    assert 2 * wanted * ranks_on_gpu <= 2 * sms
+    assert wanted * ranks_on_gpu <= sms
 
 
 # -- several nodes ----------------------------------------------------------------------------------------------------

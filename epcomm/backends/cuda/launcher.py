@@ -25,7 +25,6 @@ __all__ = ["SCRATCH_BYTES", "Launcher"]
 
 SCRATCH_BYTES = 1 << 20  # of the layout kernel
 _MAX_LAYOUT_BYTES = 48 * 1024
-_BULK_ARCHITECTURE = 90  # the first with a copy engine in the SM
 
 
 class _Shape(Protocol):
@@ -78,10 +77,9 @@ class Launcher:
         collective = (self._exchange, self._barrier, self._dispatch, *self._combine.values())
         self.modules = [one.module for one in collective]
         self._dispatch_fields, self._combine_fields = move.FIELDS, reduce.FIELDS
-        has_bulk = int(architecture) >= _BULK_ARCHITECTURE
-        self.stage_memory = stage_memory(max_shared_bytes(device)) if has_bulk else 0
-        for moving in (self._dispatch, *self._combine.values()):
-            if has_bulk:
+        self.stage_memory = stage_memory(max_shared_bytes(device), architecture)
+        if self.stage_memory:
+            for moving in (self._dispatch, *self._combine.values()):
                 moving.allow_shared(self.stage_memory)
         self._scratch = scratch
         self._layout_arguments = Arguments(b"", dispatch_layout.FIELDS)

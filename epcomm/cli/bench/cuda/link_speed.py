@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,6 @@ __all__ = ["RowSpeeds", "peer_copy_speed", "row_speeds"]
 
 _PEER_BYTES, _NUM_COPIES = 256 << 20, 8
 _DEFAULT_KIND = 4  # cudaMemcpyDefault: the addresses tell where memory is
-_BULK_ARCHITECTURE = 90  # the first with a copy engine in the SM
 
 
 class RowSpeeds(NamedTuple):
@@ -69,28 +69,26 @@ def row_speeds(
     architecture = device_architecture(device)
     cubins = share_cubins(comm, comm.allgather(host_identity()), [link_probe.PROGRAM], architecture)
     kernel = Kernel(cubins[link_probe.PROGRAM], link_probe.ENTRY, device)
-    memory_bytes = stage_memory(max_shared_bytes(device)) if int(architecture) >= _BULK_ARCHITECTURE else 0
-    if memory_bytes:
-        kernel.allow_shared(memory_bytes)
+    stages = stage_memory(max_shared_bytes(device), architecture)
+    if stages:
+        kernel.allow_shared(stages)
     arguments = Arguments(b"", link_probe.FIELDS)
     speeds = []
     with SymmetricMemory(comm, _PEER_BYTES, device) as memory, stream:
+        bases = (*memory.bases, *[0] * (MAX_RANKS - comm.size))
         region = cupy.cuda.UnownedMemory(memory.bases[comm.rank], _PEER_BYTES, memory, device)
         for row_bytes, is_reading in ((written_bytes, False), (read_bytes, True)):
-            words = _PEER_BYTES // row_bytes, row_bytes // 8
-            there = cupy.ndarray(words, np.uint64, cupy.cuda.MemoryPointer(region, 0))
-            here = cupy.zeros(words, np.uint64)
+            shape, num_rows = link_probe.shape(row_bytes, stages), _PEER_BYTES // row_bytes
+            there = cupy.ndarray((num_rows, row_bytes // 8), np.uint64, cupy.cuda.MemoryPointer(region, 0))
+            here = cupy.zeros(there.shape, np.uint64)
             source, target = (there, here) if is_reading else (here, there)
-            source[...] = cupy.asarray(_rows_of(comm.rank, words[0]))[:, None]
+            source[...] = cupy.asarray(_rows_of(comm.rank, num_rows))[:, None]
             target[...] = 0
             stream.synchronize()
-            elapsed_s = _slowest_s(
-                cupy,
-                comm,
-                stream,
-                _mover(kernel, arguments, comm, stream, num_sms, memory, here, is_reading, memory_bytes),
-            )
-            speeds.append(_NUM_COPIES * words[0] * row_bytes / elapsed_s)
+            fields = (*bases, here.data.ptr, *shape.pieces, num_rows, comm.rank, comm.size, is_reading, 0)
+            launch = num_sms, shape.threads, shape.shared_bytes, stream.ptr, arguments.fill(fields)
+            elapsed_s = _slowest_s(cupy, comm, stream, partial(kernel.launch, *launch))
+            speeds.append(_NUM_COPIES * num_rows * row_bytes / elapsed_s)
             if not all(comm.allgather(_is_right(cupy, comm, target, is_reading))):
                 raise BootstrapError("link probe", got="rows of the wrong ranks", wanted="each from where it was sent")
         stream.synchronize()
@@ -98,40 +96,17 @@ def row_speeds(
     return RowSpeeds(*speeds)
 
 
-def _mover(
-    kernel: Kernel,
-    arguments: Arguments,
-    comm: Communicator,
-    stream: Any,
-    num_sms: int,
-    memory: SymmetricMemory,
-    here: Any,
-    is_reading: bool,
-    memory_bytes: int,
-) -> Callable[[], None]:
-    """What moves all rows once."""
-    num_rows, row_bytes = here.shape[0], here.shape[1] * here.itemsize
-    shape = link_probe.shape(row_bytes, memory_bytes)
-    bases = (*memory.bases, *[0] * (MAX_RANKS - comm.size))
-    fields = (*bases, here.data.ptr, *shape.pieces, num_rows, comm.rank, comm.size, is_reading, 0)
-
-    def move() -> None:
-        kernel.launch(num_sms, shape.threads, shape.shared_bytes, stream.ptr, arguments.fill(fields))
-
-    return move
-
-
-def _rows_of(rank: int, num_rows: int) -> NDArray[np.uint64]:
-    """``[num_rows]``: what every word of each row of a rank is, never 0."""
-    return np.arange(num_rows, dtype=np.uint64) + np.uint64((rank + 1) << 32)
+def _rows_of(rank: int | NDArray[np.int64], num_rows: int) -> NDArray[np.uint64]:
+    """``[num_rows]``: what every word of each row of a rank is, or of a rank for each row; never 0."""
+    numbers: NDArray[np.uint64] = np.arange(num_rows, dtype=np.uint64) + (np.uint64(rank + 1) << np.uint64(32))
+    return numbers
 
 
 def _is_right(cupy: Any, comm: Communicator, target: Any, is_reading: bool) -> bool:
     """Whether every row is that of the rank it came from; a row to which nobody has written is empty."""
     num_rows = len(target)
     if is_reading:
-        peers = link_probe.peers_of(comm.rank, comm.size, num_rows)
-        wanted = np.choose(peers, [_rows_of(rank, num_rows) for rank in range(comm.size)])
+        wanted = _rows_of(link_probe.peers_of(comm.rank, comm.size, num_rows), num_rows)
         return bool((target == cupy.asarray(wanted)[:, None]).all())
     writers = [rank for rank in range(comm.size) if rank != comm.rank]
     writes = [link_probe.peers_of(rank, comm.size, num_rows) == comm.rank for rank in writers]
@@ -142,7 +117,7 @@ def _is_right(cupy: Any, comm: Communicator, target: Any, is_reading: bool) -> b
     return bool(is_right.all()) and bool((target == cupy.asarray(found)[:, None]).all())
 
 
-def _slowest_s(cupy: Any, comm: Communicator, stream: Any, move: Any) -> float:
+def _slowest_s(cupy: Any, comm: Communicator, stream: Any, move: Callable[[], object]) -> float:
     """Seconds of `_NUM_COPIES` moves behind as many others, all ranks at once: of the slowest."""
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
     comm.barrier()

@@ -88,7 +88,7 @@ def run_low_latency(comm: Communicator, case: Case) -> LowLatencyRun:
             for num_sms in case.sms or (None,):
                 if num_sms is not None:
                     Buffer.set_num_sms(num_sms)
-                sms = buffer._low_latency_num_sms()
+                sms = buffer._num_sms(None, is_low_latency=True)
                 for operation in calls.operations():
                     result.measured.append(_measure(cupy, timer, stream, operation, case, sms))
                 result.differences.extend(_check(comm, calls, "after"))

@@ -28,7 +28,8 @@ Rows that cross to another node are also written to a ring, and read there.
 % and GB/s: of the chain; of p50 for a dispatch without a handle.
 logical: bytes a rank receives, from itself included, mean of the ranks: rows,
 fp8 scales and, in dispatch without a handle, expert indices and weights.
-wire: those of them from other ranks.
+wire: those of them from other ranks."""
+_ROWS_ALONE = """\
 rows alone: what as many SMs write to, or read from, all other GPUs at once if
 they do nothing else; dispatch writes rows, combine reads them."""
 
@@ -39,6 +40,8 @@ def to_text(case: Case, run: CudaRun) -> str:
     for num_sms, group in groupby(run.measured, key=lambda result: result.num_sms):
         lines += [*_table(case, run, num_sms, list(group)), ""]
     lines += [f"  {line}" for line in _NOTES.splitlines()]
+    if any(result.row_speeds for result in run.measured):
+        lines += [f"  {line}" for line in _ROWS_ALONE.splitlines()]
     if is_told(case):
         lines += ["", *_links(case, run)]
     lines += ["", *_host_times(run)]
